@@ -1,0 +1,46 @@
+"""Plain dense attention with LSE: what a plan without a hole in it dispatches to."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
+
+
+def dense_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, H, N, D), k and v (B, H_kv, N_kv, D). Returns out in q's memory layout and LSE (B, H, N)."""
+    out, lse = (torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device))
+    for b in range(q.shape[0]):
+        tile_q, tile_k, tile_v = _grouped(q[b], k[b], v[b])
+        found, found_lse = attend(tile_q, tile_k, tile_v, None, scale)
+        out[b], lse[b] = found.flatten(0, 1), found_lse.flatten(0, 1)
+    return out, lse
+
+
+def dense_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v for gradients of the output and (or None) the LSE."""
+    grads = tuple(torch.empty_like(t) for t in (q, k, v))
+    kv_heads = k.shape[1]
+    for b in range(q.shape[0]):
+        tiles = _grouped(q[b], k[b], v[b])
+        rows = [None if t is None else t[b].unflatten(0, (kv_heads, -1)) for t in (grad_out, grad_lse, out, lse)]
+        dq, dk, dv = attend_backward(rows[0], rows[1], *tiles, rows[2], rows[3], None, scale)  # type: ignore[arg-type]
+        for whole, part in zip(grads, (dq.flatten(0, 1), dk.sum(1), dv.sum(1)), strict=True):
+            whole[b] = part
+    return grads  # type: ignore[return-value]
+
+
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(H, N, D) to (H_kv, H / H_kv, N, D); the keys of a group are a view with stride 0."""
+    q = q.unflatten(0, (k.shape[0], -1))
+    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return q, k, v

@@ -1,0 +1,45 @@
+"""What every operator checks before it runs, and which backend runs it."""
+
+from __future__ import annotations
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """q (B, H, N, D); k and v (B, H_kv, N_kv, D) with H a multiple of H_kv; one floating dtype, one device.
+
+    Raises:
+        ValueError: another number of dimensions, sizes that do not agree, or different devices.
+        TypeError: different or non-floating dtypes.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{shapes}: q, k and v are (batch, heads, tokens, head_dim), as in SDPA")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: k and v have one shape, and share batch and head_dim with q")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} KV heads")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: they need one floating dtype; cast them alike")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them to one device")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs: "auto" is Triton on CUDA and ROCm devices if it is there, else "cpu", which runs anywhere.
+
+    Raises:
+        ValueError: an unknown name, or "triton" where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: legal are {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError("backend='triton': the Triton kernels are not part of this version; use 'auto' or 'cpu'")
+    return "cpu" if backend == "auto" else backend
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """None is head_dim ** -0.5; 0.0 is 0.0."""
+    return head_dim**-0.5 if scale is None else float(scale)

@@ -1,0 +1,53 @@
+"""The setting of a neighborhood attention as a list of ints, which is what a custom op and a compiled graph can carry."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence as Rows
+
+from attn_plugins.ops.neighborhood.heads import HeadGroup
+from attn_plugins.plan.block_plan import BlockPlan
+from attn_plugins.plan.cost import choose_tiles
+from attn_plugins.plan.neighborhood import cached_neighborhood_plan
+from attn_plugins.plan.windows import axis_windows
+from attn_plugins.sequence import Sequence
+
+
+def encode(sequence: Sequence, group: HeadGroup) -> list[int]:
+    """[axes, grid.., window.., stride.., dilation.., causal.., text_before, text_after, items, valid_before.., valid_after..]"""
+    valid = []
+    items = sequence.batch or 1
+    for lengths in (sequence.valid_before, sequence.valid_after):
+        valid += list(lengths) if isinstance(lengths, tuple) else [lengths] * items  # type: ignore[list-item]
+    columns = (sequence.grid, group.window, group.stride, group.dilation, map(int, group.causal))
+    head = [len(sequence.grid), *(value for column in columns for value in column)]
+    return [*head, sequence.text_before, sequence.text_after, items, *valid]
+
+
+def plans_of(spec: Rows[int], batch: int) -> list[tuple[slice, BlockPlan]]:
+    """The plans of an encoded setting: one for the whole batch, or one for each run of items with equal text lengths.
+
+    Raises:
+        ValueError: a setting that is illegal on its grid.
+    """
+    return _plans_of(tuple(int(value) for value in spec))
+
+
+@functools.lru_cache(maxsize=32)
+def _plans_of(spec: tuple[int, ...]) -> list[tuple[slice, BlockPlan]]:
+    axes_count, rest = spec[0], spec[1:]
+    columns = [rest[i * axes_count : (i + 1) * axes_count] for i in range(5)]
+    grid, window, stride, dilation, causal = columns
+    before, after, items, *valid = rest[5 * axes_count :]
+    axes = axis_windows(grid, window, stride, dilation, tuple(bool(c) for c in causal))
+    lengths = list(zip(valid[:items], valid[items:], strict=True))
+    parts = []
+    first = 0
+    for last in range(1, items + 1):
+        if last == items or lengths[last] != lengths[first]:
+            sequence = Sequence(grid, before, after, *lengths[first])
+            tiles = choose_tiles(axes, sum(lengths[first]))
+            plan = cached_neighborhood_plan(sequence, axes, tiles.q_tile, tiles.kv_tile)
+            parts.append((slice(first, last) if items > 1 else slice(None), plan))
+            first = last
+    return parts
