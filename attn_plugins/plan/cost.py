@@ -1,8 +1,8 @@
 """Which tile a CPU plan should have: a cost model, not autotuning.
 
 A tile of T queries that gathers E keys costs about `E * (m * T + g)`: `m` is 1 without a mask and MASKED with one, `g`
-is what gathering a key and starting on it costs, in (query, key) pairs. Both were measured with
-`benchmarks/cpu_primitives.py`; the choice is flat around its optimum, so one pair of constants serves.
+is what fetching and packing a key costs, in (query, key) pairs; it is higher in half precision, where a pair costs
+less. `benchmarks/cpu_primitives.py` measures both; the choice is flat around its optimum.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from attn_plugins.plan.partition import axis_visits
 from attn_plugins.plan.windows import AxisWindow
 
 MASKED = 1.2
-GATHER = 80.0
+GATHER = {2: 120.0, 4: 60.0, 8: 40.0}  # by bytes an element
 MAX_TILE = 4096
+MASK_SHARE = 128  # mask entries a tile may have, per token of the grid: a mask stays smaller than q, k, v
 MAX_LIST_ENTRIES = 4_000_000
 
 
@@ -35,10 +36,11 @@ class TileChoice:
     pairs: float
     masked: float
     gathered: float
+    itemsize: int = 4
 
     @property
     def cost(self) -> float:
-        return self.pairs + (MASKED - 1) * self.masked + GATHER * self.gathered
+        return self.bound + GATHER[self.itemsize] * self.gathered
 
     @property
     def bound(self) -> float:
@@ -47,36 +49,40 @@ class TileChoice:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tiles(axes: tuple[AxisWindow, ...], text: int = 0) -> TileChoice:
+def choose_tiles(axes: tuple[AxisWindow, ...], text: int = 0, itemsize: int = 4) -> TileChoice:
     """The query tile and the key run (along the last axis) of least cost for this setting.
 
     Args:
         axes: the windows of the grid's axes.
         text: keys that every grid row sees besides.
+        itemsize: bytes an element of q, k, v.
     """
+    tokens = math.prod(axis.size for axis in axes)
     columns = [[_axis_work(axis, tile) for tile in _candidates(axis)] for axis in axes]
     best: TileChoice | None = None
     for rows in itertools.product(*columns):
         tile = tuple(row[0] for row in rows)
         if math.prod(tile) > MAX_TILE:
             continue
-        pairs, free_pairs, queries, free_queries, keys, tiles = (math.prod(column) for column in zip(*(r[1:] for r in rows)))
+        pairs, free_pairs, queries, free_queries, keys, tiles = (math.prod(column) for column in zip(*(r[1:7] for r in rows), strict=True))
         pairs, free_pairs = pairs + text * queries, free_pairs + text * free_queries
-        choice = TileChoice(tile, (1,) * len(axes), pairs, pairs - free_pairs, keys + text * tiles)
+        if pairs > free_pairs and math.prod(tile) * math.prod(row[7] for row in rows) > MASK_SHARE * tokens:
+            continue
+        choice = TileChoice(tile, (1,) * len(axes), pairs, pairs - free_pairs, keys + text * tiles, itemsize)
         if best is None or choice.cost < best.cost:
             best = choice
     assert best is not None  # tile 1 on every axis is always a candidate
-    return TileChoice(best.q_tile, _key_run(axes, best), best.pairs, best.masked, best.gathered)
+    return replace(best, kv_tile=_key_run(axes, best))
 
 
 @functools.lru_cache(maxsize=4096)
-def _axis_work(axis: AxisWindow, tile: int) -> tuple[int, int, int, int, int, int, int]:
-    """Along one axis: tile, pairs, pairs of mask-free tiles, queries, queries of mask-free tiles, keys, tiles."""
+def _axis_work(axis: AxisWindow, tile: int) -> tuple[int, ...]:
+    """Along one axis: tile, pairs, pairs of mask-free tiles, queries, those of mask-free tiles, keys, tiles, most keys."""
     visits = axis_visits(axis, tile, 1)
     keys, queries, free = visits.hi - visits.lo, visits.q.hi - visits.q.lo, visits.whole
     pairs = keys * queries
     counts = (pairs, pairs[free], queries, queries[free], keys)
-    return tile, *(int(count.sum()) for count in counts), visits.q.count
+    return tile, *(int(count.sum()) for count in counts), visits.q.count, int(keys.max())
 
 
 def _candidates(axis: AxisWindow) -> list[int]:

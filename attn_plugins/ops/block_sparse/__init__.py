@@ -12,7 +12,7 @@ from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.plan.block_plan import BlockPlan
 
 
-def _plans_of(spec: Sequence[int], batch: int) -> list[tuple[slice, BlockPlan]]:
+def _plans_of(spec: Sequence[int], q: torch.Tensor) -> list[tuple[slice, BlockPlan]]:
     return [(slice(None), BlockPlan.by_key(spec[0]))]
 
 

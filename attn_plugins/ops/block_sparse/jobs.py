@@ -6,12 +6,14 @@ enough for the caches; what a chunk gathers is worked out when it runs and share
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from attn_plugins.plan.block_plan import BlockPlan
+
+KEPT_BYTES = 32 << 20  # of token numbers and masks that a plan may keep; beyond that they are made anew in each call
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class Chunk:
     kv_tokens: torch.Tensor | None  # (R * E,)
     rows: int
     bias: torch.Tensor | None  # (1, 1, T, E)
+    blind: torch.Tensor | None = None  # (1, 1, T) bool, queries that see none of the keys, if there are any
+
+    def to(self, device: torch.device) -> Chunk:
+        if device.type == "cpu":
+            return self
+        q_tokens, kv_tokens, bias, blind = (
+            None if t is None else t.to(device) for t in (self.q_tokens, self.kv_tokens, self.bias, self.blind)
+        )
+        return Chunk(q_tokens, kv_tokens, self.rows, bias, blind)
 
 
 def plan_jobs(plan: BlockPlan, item: int, head: int) -> list[Job]:
@@ -52,13 +63,29 @@ def plan_jobs(plan: BlockPlan, item: int, head: int) -> list[Job]:
     return cached[item, head]
 
 
-def chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype: torch.dtype) -> Iterator[Chunk]:
-    """The chunks of a job: at most `longest` gathered keys each, but at least one query block."""
-    bias = None
+def plan_chunks(plan: BlockPlan, item: int, head: int, longest: int, dtype: torch.dtype) -> Iterable[Chunk]:
+    """All chunks of one (batch item, head) of the plan's lists; kept with the plan where they are small.
+
+    A chunk has at most `longest` gathered keys, but at least one query block.
+    """
+    jobs = plan_jobs(plan, item, head)
+    entries = sum(len(job.rows) * (job.queries + job.keys) + job.masked * job.queries * job.keys for job in jobs)
+    if 8 * entries > KEPT_BYTES or plan.batch * plan.heads > 1:
+        return (chunk for job in jobs for chunk in _chunks(plan, item, head, job, longest, dtype))
+    kept = plan.prepared.setdefault("chunks", {})
+    if (longest, dtype) not in kept:
+        kept[longest, dtype] = [chunk for job in jobs for chunk in _chunks(plan, item, head, job, longest, dtype)]
+    return kept[longest, dtype]
+
+
+def _chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    bias = blind = None
     if job.masked:
         assert plan.rule is not None  # masked rows have a rule by construction
         mask = plan.rule.mask(plan, int(job.rows[0]), item, head)
         bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[None, None]
+        if plan.rule.empty_rows:
+            blind = ~mask.any(-1)[None, None]
     for rows in job.rows.split(max(1, longest // job.keys)):
         q_tokens = plan.q_tokens(rows).reshape(-1)
         if job.masked and plan.rule is not None:
@@ -66,7 +93,7 @@ def chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype:
         else:
             kv_tokens = plan.kv_tokens(rows, item, head).reshape(-1)
         whole = [len(t) == n and _in_order(t) for t, n in ((q_tokens, plan.q_length), (kv_tokens, plan.kv_length))]
-        yield Chunk(None if whole[0] else q_tokens, None if whole[1] else kv_tokens, len(rows), bias)
+        yield Chunk(None if whole[0] else q_tokens, None if whole[1] else kv_tokens, len(rows), bias, blind)
 
 
 def _in_order(tokens: torch.Tensor) -> bool:

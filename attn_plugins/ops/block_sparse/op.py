@@ -15,8 +15,8 @@ from attn_plugins.ops.block_sparse import cpu
 from attn_plugins.ops.block_sparse.dense import dense_backward, dense_forward
 from attn_plugins.plan.block_plan import BlockPlan
 
-# A spec and the batch size -> which batch items each plan is for.
-PlansOf = Callable[[Sequence[int], int], list[tuple[slice, BlockPlan]]]
+# A spec and q -> which batch items each plan is for.
+PlansOf = Callable[[Sequence[int], torch.Tensor], list[tuple[slice, BlockPlan]]]
 SparseOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -30,7 +30,7 @@ def register_sparse_op(name: str, plans_of: PlansOf) -> SparseOp:
 
     @torch.library.custom_op(f"attn_plugins::{name}", mutates_args=(), schema=schema)
     def op(q, k, v, scale, spec):  # type: ignore[no-untyped-def]
-        parts = plans_of(spec, q.shape[0])
+        parts = plans_of(spec, q)
         if len(parts) == 1:
             return _forward(q, k, v, parts[0][1], scale)
         out, lse = _empty(q)
@@ -40,7 +40,7 @@ def register_sparse_op(name: str, plans_of: PlansOf) -> SparseOp:
 
     @torch.library.custom_op(f"attn_plugins::{name}_backward", mutates_args=(), schema=backward_schema)
     def op_backward(grad_out, grad_lse, q, k, v, out, lse, scale, spec):  # type: ignore[no-untyped-def]
-        parts = plans_of(spec, q.shape[0])
+        parts = plans_of(spec, q)
         if len(parts) == 1:
             return _backward(grad_out, grad_lse, q, k, v, out, lse, parts[0][1], scale)
         grads = tuple(torch.empty_like(t) for t in (q, k, v))

@@ -1,0 +1,1 @@
+"""Algorithms from papers. None of them knows a model; none imports another."""
