@@ -1,0 +1,1 @@
+"""Side-by-side measurements; their data as CSV under results/."""
