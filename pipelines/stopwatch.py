@@ -1,0 +1,101 @@
+"""How long attention itself takes inside a model: the one interception, with a clock around what it calls."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+
+from attn_plugins.handle import PatchHandle
+from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.sequence import Sequence
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds of attention since the last `lap`, and how many calls made them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+
+    def lap(self) -> float:
+        """The seconds, and back to zero."""
+        seconds, self.seconds, self.calls = self.seconds, 0.0, 0
+        return seconds
+
+
+def attach(watch: Stopwatch, handle: PatchHandle) -> None:
+    """Time every layer of a patch, until the patch is taken out. Eager runs only."""
+    for patched in handle.patches:
+        for layer in patched.layers:
+            layer.processor = TimedProcessor(layer.processor, watch)
+
+
+class TimedProcessor(Processor):
+    """Calls `inner` and adds the time to `watch`."""
+
+    def __init__(self, inner: Processor, watch: Stopwatch) -> None:
+        self.inner = inner
+        self.watch = watch
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        return self.inner.refuses(call)
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        start = now(call.q.device)
+        out = self.inner(call)
+        self.watch.seconds += now(call.q.device) - start
+        self.watch.calls += 1
+        return out
+
+    def density(self, sequence: Sequence) -> float:
+        return self.inner.density(sequence)
+
+
+class Dense(Method):
+    """PyTorch's own attention over everything real: what a method's time is held against."""
+
+    name = "dense"
+    title = "Dense attention"
+    kind = "operator"
+    paper = "arXiv 1706.03762"
+    config_class = MethodConfig
+    sites = frozenset({"self", "joint", "cross", "causal"})
+
+    def processor(self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind) -> Processor:
+        return DENSE
+
+
+class DenseProcessor(Processor):
+    def refuses(self, call: AttentionCall) -> str | None:
+        return None
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        mask = call.mask
+        if mask is None and call.sequence is not None and call.sequence.padded:
+            mask = key_mask(call.sequence, call.q.shape[0], call.q.device)
+        return F.scaled_dot_product_attention(
+            call.q, call.k, call.v, mask, call.dropout, call.causal,
+            scale=call.scale, enable_gqa=call.q.shape[1] != call.k.shape[1],
+        )  # fmt: skip
+
+
+DENSE = DenseProcessor()
+
+
+def key_mask(sequence: Sequence, batch: int, device: torch.device) -> torch.Tensor:
+    """(batch, 1, 1, N) bool: the keys that are not padding."""
+    mask = torch.ones(batch, 1, 1, sequence.length, dtype=torch.bool)
+    for index in range(batch):
+        for segment in (sequence.item(index) if sequence.batch else sequence).segments:
+            assert isinstance(segment.valid, int)  # item() has picked one
+            mask[index, :, :, segment.start + segment.valid : segment.start + segment.length] = False
+    return mask.to(device)
