@@ -127,5 +127,7 @@ def text_lengths(name: str, value: Any) -> tuple[int, Valid | None]:
     if not rows or not all(isinstance(row, list) and len(row) == 2 for row in rows):
         raise ValueError(f"{name}={value}: give a length, or one [length, valid] pair per batch item, shape (B, 2)")
     if len({row[0] for row in rows}) > 1:
-        raise ValueError(f"{name}: lengths {[row[0] for row in rows]} differ; a batch has one length, padding is `valid`")
+        raise ValueError(
+            f"{name}: lengths {[row[0] for row in rows]} differ; a batch has one length, padding is `valid`"
+        )
     return int(rows[0][0]), tuple(int(row[1]) for row in rows)

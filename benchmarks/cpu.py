@@ -1,9 +1,9 @@
-"""`neighborhood_attention` against dense SDPA, compiled flex attention and NATTEN on this CPU; one CSV row a measurement.
+"""`neighborhood_attention` against dense SDPA, compiled flex attention and NATTEN on this CPU, as CSV rows.
 
     python benchmarks/cpu.py [--quick] [--out benchmarks/results/cpu.csv]
 
 Both sides run interleaved; the ratio is of medians; making the plan is outside (it is cached between calls), gathering
-and writing back inside. A wrong result is not timed: every problem is first compared with dense attention under its mask.
+and writing back inside. A wrong result is not timed: each problem is first compared with dense attention and a mask.
 Columns: `density` is of the keys really visited, `flop_density` of the window alone; `of_blocks` and `of_flops` are the
 shares of those ideals that the speed-up reaches, `of_model` the share of what the cost model expects. -1: not measured,
 because it has no backward on a CPU (flex, NATTEN), is not installed (NATTEN: pip install --no-build-isolation natten)
@@ -23,15 +23,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine  # noqa: E402
-from benchmarks.problems import PROBLEMS, QUICK, Problem  # noqa: E402
-from benchmarks.stopwatch import interleaved  # noqa: E402
-
 from attn_plugins.ops import neighborhood_attention  # noqa: E402
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask  # noqa: E402
 from attn_plugins.plan.cost import choose_tiles  # noqa: E402
 from attn_plugins.plan.windows import axis_windows  # noqa: E402
 from attn_plugins.sequence import Sequence  # noqa: E402
+from benchmarks import machine  # noqa: E402
+from benchmarks.problems import PROBLEMS, QUICK, Problem  # noqa: E402
+from benchmarks.stopwatch import interleaved  # noqa: E402
 
 PEERS = ("flex", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,12 +190,7 @@ def main() -> None:
             writer.writerow(row)
             file.flush()
             shown = " ".join(str(row[name]) for name in list(row)[:10])
-            print(
-                f"[{number}/{len(plan)}] {shown} | density {row['density']} dense {row['dense_ms']} ours {row['ours_ms']} "
-                f"speedup {row['speedup']} flex {row['flex_speedup']} natten {row['natten_speedup']} | of blocks {row['of_blocks']} "
-                f"of flops {row['of_flops']} of model {row['of_model']}",
-                flush=True,
-            )
+            print(f"[{number}/{len(plan)}] {shown} |", *(f"{name} {row[name]}" for name in list(row)[10 : -len(about)]))
 
 
 if __name__ == "__main__":

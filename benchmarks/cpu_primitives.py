@@ -15,9 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.stopwatch import interleaved  # noqa: E402
-
 from attn_plugins.ops.block_sparse.tile_attention import attend  # noqa: E402
+from benchmarks.stopwatch import interleaved  # noqa: E402
 
 TOKENS, KEYS = 8192, 2048
 
@@ -37,10 +36,8 @@ def main() -> None:
                     keys, values = (t[0, 0].index_select(0, index)[None, None] for t in (k, v))  # noqa: B023
                     attend(tiles, keys, values, bias, 0.1)  # noqa: B023
 
-                times = interleaved(
-                    {"dense": lambda: attend(q, k, v, None, 0.1), "free": lambda: run(None), "masked": lambda: run(bias)},  # noqa: B023
-                    seconds=0.5,
-                )
+                sides = {"free": lambda: run(None), "masked": lambda: run(bias)}  # noqa: B023
+                times = interleaved({"dense": lambda: attend(q, k, v, None, 0.1), **sides}, seconds=0.5)  # noqa: B023
                 ideal = times["dense"] * tile * KEYS / TOKENS**2
                 share = ideal / times["free"]
                 print(

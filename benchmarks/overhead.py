@@ -40,7 +40,7 @@ def dense_call_overhead(rounds: int = 400) -> float:
     x, t, text = torch.randn(1, 4, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 4, 16)
     times: dict[str, list[float]] = {"plain": [], "patched": []}
     with torch.no_grad():
-        for name, model in 20 * [("plain", plain), ("patched", patched)]:
+        for model in 20 * [plain, patched]:
             model(x, t, text)
         for _ in range(rounds):
             for name, model in (("plain", plain), ("patched", patched)):
@@ -72,7 +72,9 @@ def plan_cost(stride: tuple[int, ...], itemsize: int = 2) -> tuple[float, float]
 def main() -> None:
     for stride in ((16, 8, 8), (1, 1, 1)):
         seconds, mib = plan_cost(stride)
-        print(f"plan of 115,200 tokens, stride {'x'.join(map(str, stride))}: {seconds:.2f} s, {mib:.1f} MiB at its peak")
+        print(
+            f"plan of 115,200 tokens, stride {'x'.join(map(str, stride))}: {seconds:.2f} s, {mib:.1f} MiB at its peak"
+        )
     print(f"dense call through a patch: {dense_call_overhead():+.1f} us (root hook's share included)")
 
 

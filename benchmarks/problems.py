@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """A grid and a setting. `kind`: aligned (window and tiles meet), stride1, or dense (above the break-even density)."""
+    """A grid and a setting. `kind`: aligned (window and tiles meet), stride1, or dense (near or above break-even)."""
 
     kind: str
     grid: tuple[int, ...]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 5) -> dict[str, float]:
-    """Median milliseconds of each side. Each is warmed up once; rounds go on for `seconds`, at least `least` of them."""
+    """Median milliseconds of each side, warmed up once; rounds go on for `seconds`, at least `least` of them."""
     for run in sides.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -200,8 +200,9 @@ def _processor(config: GNAConfig, causal: bool) -> Processor:
     """One object for equal settings: a compiled model needs a graph for each distinct one."""
     if not causal:
         return GNAProcessor(config)
-    changed = {"window": 4096} if config.window is None else {}
-    return CausalWindowProcessor(dataclasses.replace(config, **changed, stride=1 if config.stride == "auto" else config.stride))
+    window = 4096 if config.window is None else config.window
+    stride = 1 if config.stride == "auto" else config.stride
+    return CausalWindowProcessor(dataclasses.replace(config, window=window, stride=stride))
 
 
 def _text(length: int, valid: Any, batch: int) -> Any:

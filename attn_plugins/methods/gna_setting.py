@@ -40,7 +40,9 @@ class Setting:
         for window in _values(self.window):
             share = isinstance(window, float) and 0 < window <= 1
             if isinstance(window, bool) or not (share or (isinstance(window, int) and (window == -1 or window >= 1))):
-                raise ValueError(f"window={window!r}: give tokens (1 or more), -1 for the whole axis, or a share in (0, 1]")
+                raise ValueError(
+                    f"window={window!r}: give 1 or more tokens, -1 (the whole axis) or a share in (0, 1]"
+                )
         for stride in _values(self.stride):
             if stride != "auto" and (isinstance(stride, bool) or not isinstance(stride, int) or stride < 1):
                 raise ValueError(f'stride={stride!r}: give tokens (1 or more), or "auto"')
@@ -106,7 +108,9 @@ def _spread(name: str, value: Any, grid: tuple[int, ...]) -> tuple[Any, ...]:
         neutral = {"window": -1, "causal": False}.get(name, 1)
         row = (neutral,) * missing + row
     if len(row) != len(grid):
-        raise ValueError(f"{name}={value}: {len(row)} values for the {len(grid)} axes of grid {grid}; give one, or one per axis")
+        raise ValueError(
+            f"{name}={value}: {len(row)} values for the {len(grid)} axes of grid {grid}; give one, or one per axis"
+        )
     return row
 
 
@@ -117,4 +121,6 @@ def _values(value: Any) -> tuple[Any, ...]:
 def _pairs(window: Any, stride: Any) -> list[tuple[Any, Any]]:
     windows, strides = _values(window), _values(stride)
     count = max(len(windows), len(strides))
-    return list(zip(windows * (count if len(windows) == 1 else 1), strides * (count if len(strides) == 1 else 1), strict=False))
+    return list(
+        zip(windows * (count if len(windows) == 1 else 1), strides * (count if len(strides) == 1 else 1), strict=False)
+    )

@@ -89,9 +89,11 @@ class BlockPlan:
             lists: Q lists of KV block numbers, or H such lists (per head), or B of those (per batch item).
 
         Raises:
-            ValueError: a block outside its sequence, an overlap of query blocks, a list with an unknown or repeated
-                block, or a number of lists that is not the number of query blocks.
+            ValueError: no blocks, a block outside its sequence, an overlap of query blocks, a list with an unknown or
+                repeated block or with KV blocks that overlap, or as many lists as there are query blocks not given.
         """
+        if not q_blocks or not kv_blocks:
+            raise ValueError(f"{len(q_blocks)} query and {len(kv_blocks)} KV blocks: a plan has at least one of each")
         q_length = max((s + n for s, n in q_blocks), default=0) if q_length is None else q_length
         kv_length = max((s + n for s, n in kv_blocks), default=0) if kv_length is None else kv_length
         _check_blocks("query", q_blocks, q_length, disjoint=True)
@@ -100,7 +102,7 @@ class BlockPlan:
         depth = 0
         while depth < 4 and _depth(nested) < 4:
             nested, depth = [nested], depth + 1
-        per_batch = [[[list(row) for row in head] for head in item] for item in nested]
+        per_batch = [[[[int(j) for j in row] for row in head] for head in item] for item in nested]
         heads = {len(item) for item in per_batch}
         widest = max((len(row) for item in per_batch for head in item for row in head), default=0)
         if len(heads) != 1 or any(len(head) != len(q_blocks) for item in per_batch for head in item):
@@ -114,10 +116,13 @@ class BlockPlan:
                         raise ValueError(
                             f"lists: query block {i} lists {row}; legal are distinct numbers in 0..{len(kv_blocks) - 1}"
                         )
+                    if _overlap([kv_blocks[j] for j in row]):  # their keys would count twice in the softmax
+                        raise ValueError(f"lists: query block {i} lists {row}, which overlap: list each key once")
                     table[b, h, i, : len(row)] = torch.tensor(row, dtype=torch.int32)
                     count[b, h, i] = len(row)
-        starts_sizes = [torch.tensor(list(t), dtype=torch.int32) for t in (*zip(*q_blocks), *zip(*kv_blocks))]
-        return cls(q_length, kv_length, *starts_sizes, table, count, count)
+        q_columns, kv_columns = (torch.tensor(list(blocks), dtype=torch.int32).T for blocks in (q_blocks, kv_blocks))
+        q_start, q_size, kv_start, kv_size = (t.contiguous() for t in (*q_columns, *kv_columns))
+        return cls(q_length, kv_length, q_start, q_size, kv_start, kv_size, table, count, count)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, q_block: int, kv_block: int) -> BlockPlan:
@@ -126,11 +131,11 @@ class BlockPlan:
             mask = mask[None]
         batch, heads, rows, columns = mask.shape
         q_edges, kv_edges = list(range(0, rows, q_block)), list(range(0, columns, kv_block))
-        padded = torch.nn.functional.pad(mask, (0, -columns % kv_block, 0, -rows % q_block))
-        real = torch.nn.functional.pad(torch.ones(rows, columns, dtype=torch.bool), (0, -columns % kv_block, 0, -rows % q_block))
-        tiles = padded.unflatten(3, (-1, kv_block)).unflatten(2, (-1, q_block)).transpose(3, 4)  # (B, H, Q, K, q, kv)
-        visited = tiles.flatten(4).any(-1)
-        whole = visited & (tiles | ~real.unflatten(1, (-1, kv_block)).unflatten(0, (-1, q_block)).transpose(1, 2)).flatten(4).all(-1)
+        edge = (0, -columns % kv_block, 0, -rows % q_block)
+        seen, unseen = (torch.nn.functional.pad(m, edge) for m in (mask, ~mask))  # the padding is neither
+        tiles = (m.unflatten(3, (-1, kv_block)).unflatten(2, (-1, q_block)) for m in (seen, unseen))
+        visited, holes = (m.transpose(3, 4).flatten(4).any(-1) for m in tiles)  # (B, H, Q, K)
+        whole = visited & ~holes
         rank = torch.where(whole, 0, torch.where(visited, 1, 2))
         lists = torch.sort(rank, dim=-1, stable=True).indices.to(torch.int32)
         count, full = visited.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32)
@@ -186,7 +191,7 @@ class BlockPlan:
         return torch.sort(self.count, dim=-1, descending=True, stable=True).indices
 
     def inverted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per KV block, the query blocks that list it, ascending: ((B or 1, H or 1, K, L') int32, -1 beyond; counts)."""
+        """Per KV block, the query blocks that list it, ascending, (B or 1, H or 1, K, L) int32, -1 beyond; counts."""
         visits = torch.zeros(*self.lists.shape[:2], len(self.kv_start), len(self.q_start), dtype=torch.bool)
         b, h, q, slot = torch.nonzero(self.lists >= 0, as_tuple=True)
         visits[b, h, self.lists[b, h, q, slot].long(), q] = True
@@ -251,6 +256,10 @@ def _check_blocks(name: str, blocks: Rows[tuple[int, int]], length: int, disjoin
     for start, size in blocks:
         if start < 0 or size < 1 or start + size > length:
             raise ValueError(f"{name} block ({start}, {size}) does not lie in 0..{length}; blocks are (start, length)")
-    ordered = sorted(blocks)
-    if disjoint and any(a[0] + a[1] > b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
+    if disjoint and _overlap(blocks):
         raise ValueError(f"{name} blocks overlap: every query row belongs to at most one block")
+
+
+def _overlap(blocks: Rows[tuple[int, int]]) -> bool:
+    ordered = sorted(blocks)
+    return any(a[0] + a[1] > b[0] for a, b in zip(ordered, ordered[1:], strict=False))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from attn_plugins.plan.windows import AxisWindow
 
 MASKED = 1.2
 GATHER = {2: 120.0, 4: 60.0, 8: 40.0}  # by bytes an element
+WHOLE_KEYS = 512  # from so many keys of a tile that no query has masked, they go without a mask, in a call of their own
 MAX_TILE = 4096
 MASK_SHARE = 128  # mask entries a tile may have, per token of the grid: a mask stays smaller than q, k, v
 MAX_LIST_ENTRIES = 4_000_000
@@ -40,12 +43,8 @@ class TileChoice:
 
     @property
     def cost(self) -> float:
-        return self.bound + GATHER[self.itemsize] * self.gathered
-
-    @property
-    def bound(self) -> float:
-        """The cost without any overhead but the mask's: what the operator's time is held against."""
-        return self.pairs + (MASKED - 1) * self.masked
+        """What the operator should cost, in mask-free pairs of large tiles; dense attention costs N * N."""
+        return self.pairs + (MASKED - 1) * self.masked + GATHER[self.itemsize] * self.gathered
 
 
 @functools.lru_cache(maxsize=1024)
@@ -61,28 +60,56 @@ def choose_tiles(axes: tuple[AxisWindow, ...], text: int = 0, itemsize: int = 4)
     columns = [[_axis_work(axis, tile) for tile in _candidates(axis)] for axis in axes]
     best: TileChoice | None = None
     for rows in itertools.product(*columns):
-        tile = tuple(row[0] for row in rows)
-        if math.prod(tile) > MAX_TILE:
+        area = math.prod(row.tile for row in rows)
+        if area > MAX_TILE:
             continue
-        pairs, free_pairs, queries, free_queries, keys, tiles = (math.prod(column) for column in zip(*(r[1:7] for r in rows), strict=True))
-        pairs, free_pairs = pairs + text * queries, free_pairs + text * free_queries
-        if pairs > free_pairs and math.prod(tile) * math.prod(row[7] for row in rows) > MASK_SHARE * tokens:
-            continue
-        choice = TileChoice(tile, (1,) * len(axes), pairs, pairs - free_pairs, keys + text * tiles, itemsize)
+        choice = _choice(rows, text, itemsize)
+        if choice.masked and area * max(choice.masked, choice.pairs / 4) > MASK_SHARE * tokens**2:
+            continue  # on average over the tiles: a bias only where it is needed, but made from a bool of all pairs
         if best is None or choice.cost < best.cost:
             best = choice
     assert best is not None  # tile 1 on every axis is always a candidate
-    return replace(best, kv_tile=_key_run(axes, best))
+    run = _key_run(axes[-1], best)
+    rows = tuple(
+        _axis_work(axis, tile, run if axis_number == len(axes) - 1 else 1)
+        for axis_number, (axis, tile) in enumerate(zip(axes, best.q_tile, strict=True))
+    )
+    return replace(_choice(rows, text, itemsize), kv_tile=(1,) * (len(axes) - 1) + (run,))
+
+
+class _AxisWork(NamedTuple):
+    """Of a tile size along one axis; `whole`: with keys that a tile's queries all see, `free`: of mask-free tiles."""
+
+    tile: int
+    pairs: int
+    whole_pairs: int
+    free_pairs: int
+    queries: int
+    free_queries: int
+    keys: int
+    tiles: int
 
 
 @functools.lru_cache(maxsize=4096)
-def _axis_work(axis: AxisWindow, tile: int) -> tuple[int, ...]:
-    """Along one axis: tile, pairs, pairs of mask-free tiles, queries, those of mask-free tiles, keys, tiles, most keys."""
-    visits = axis_visits(axis, tile, 1)
-    keys, queries, free = visits.hi - visits.lo, visits.q.hi - visits.q.lo, visits.whole
+def _axis_work(axis: AxisWindow, tile: int, run: int = 1) -> _AxisWork:
+    """Keys are counted as they are gathered: in runs of `run`."""
+    visits = axis_visits(axis, tile, run)
+    keys, queries, free = visits.key_hi - visits.key_lo, visits.q.hi - visits.q.lo, visits.whole
+    whole = np.maximum(np.minimum(visits.full_hi, visits.hi) - np.maximum(visits.full_lo, visits.lo), 0) * run
     pairs = keys * queries
-    counts = (pairs, pairs[free], queries, queries[free], keys)
-    return tile, *(int(count.sum()) for count in counts), visits.q.count, int(keys.max())
+    counts = (pairs, np.minimum(whole, keys) * queries, pairs[free], queries, queries[free], keys)
+    return _AxisWork(tile, *(int(count.sum()) for count in counts), visits.q.count)
+
+
+def _choice(rows: Sequence[_AxisWork], text: int, itemsize: int) -> TileChoice:
+    """The work of a tile is the product of its axes' work, and the text's keys."""
+    tile, pairs, whole_pairs, free_pairs, queries, free_queries, keys, tiles = zip(*rows, strict=True)
+    visited = math.prod(pairs) + text * math.prod(queries)
+    whole = math.prod(whole_pairs) + text * math.prod(queries)
+    split = whole >= WHOLE_KEYS * math.prod(queries)
+    free = whole if split else math.prod(free_pairs) + text * math.prod(free_queries)
+    gathered = math.prod(keys) + text * math.prod(tiles)
+    return TileChoice(tile, (1,) * len(rows), visited, visited - free, gathered, itemsize)
 
 
 def _candidates(axis: AxisWindow) -> list[int]:
@@ -99,13 +126,12 @@ def _candidates(axis: AxisWindow) -> list[int]:
     return sorted(t for t in sizes if t <= MAX_TILE)
 
 
-def _key_run(axes: tuple[AxisWindow, ...], choice: TileChoice) -> tuple[int, ...]:
+def _key_run(axis: AxisWindow, choice: TileChoice) -> int:
     """Keys are listed as runs along the last axis: as long as costs no key, longer only where lists would be huge."""
-    visits = axis_visits(axes[-1], choice.q_tile[-1], 1)
-    inner = np.concatenate([visits.key_lo, visits.key_hi])
-    longest = axes[-1].class_length(0)
-    inside = inner[(inner > 0) & (inner < axes[-1].class_length(axes[-1].dilation - 1))]  # the ends of a class are free
-    run = int(np.gcd.reduce(inside)) if len(inside) else longest
-    while choice.gathered / run > MAX_LIST_ENTRIES and run < axes[-1].size:
+    visits = axis_visits(axis, choice.q_tile[-1], 1)
+    lengths = np.array([axis.class_length(residue) for residue in range(axis.dilation)])[visits.q.residue]
+    edges = np.concatenate([visits.key_lo, visits.key_hi[visits.key_hi < lengths]])  # the end of a class is free
+    run = int(np.gcd.reduce(edges)) or axis.class_length(0)
+    while choice.gathered / run > MAX_LIST_ENTRIES and run < axis.size:
         run *= 2
-    return (1,) * (len(axes) - 1) + (run,)
+    return run

@@ -6,6 +6,7 @@ import functools
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from attn_plugins.plan.block_plan import BlockPlan
@@ -63,11 +64,12 @@ def neighborhood_plan(
 
 def _grid_lists(
     visits: tuple[AxisVisits, ...], queries: Partition, keys: Partition, text_ids: Ints
-) -> tuple[list[Ints], list[int], tuple[Ints, ...]]:
+) -> tuple[list[npt.NDArray[np.integer]], list[int], tuple[Ints, ...]]:
     """Per query tile: text blocks, then KV tiles seen whole, then the others; how many are whole; tile of each axis."""
     tiles = queries.unravel()
     strides = [math.prod(keys.shape[i + 1 :]) for i in range(len(visits))]
-    lists, full = [], []
+    lists: list[npt.NDArray[np.integer]] = []
+    full = []
     for row in range(len(queries.sizes)):
         block, whole = np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool)
         for axis, tile, stride in zip(visits, tiles, strides, strict=True):
@@ -76,7 +78,8 @@ def _grid_lists(
             inside = (numbers >= axis.full_lo[g]) & (numbers < axis.full_hi[g])
             block = np.add.outer(block, numbers * stride).reshape(-1)
             whole = np.logical_and.outer(whole, inside).reshape(-1)
-        lists.append(np.concatenate([text_ids, block[whole], block[~whole]]))
+        row_blocks = np.concatenate([text_ids, block[whole], block[~whole]])
+        lists.append(row_blocks.astype(np.int32))  # millions of them at stride 1
         full.append(len(text_ids) + int(whole.sum()))
     return lists, full, tiles
 

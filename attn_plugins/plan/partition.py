@@ -28,7 +28,10 @@ class AxisTiles:
 
     @functools.cached_property
     def _rows(self) -> tuple[Ints, Ints, Ints, Ints]:
-        residue, lo, hi, base = [], [], [], []
+        residue: list[int] = []
+        lo: list[int] = []
+        hi: list[int] = []
+        base: list[int] = []
         for r in range(self.dilation):
             length = -(-(self.size - r) // self.dilation)
             base.append(len(lo))
@@ -131,7 +134,8 @@ class AxisVisits:
     def masks(self) -> tuple[list[np.ndarray], Ints]:
         """The distinct (queries, keys) bool masks of the axis' query tiles, and which of them each tile has."""
         found: dict[bytes, int] = {}
-        masks, which = [], np.zeros(self.q.count, dtype=np.int64)
+        masks: list[np.ndarray] = []
+        which = np.zeros(self.q.count, dtype=np.int64)
         for g in range(self.q.count):
             start, end = self.window.intervals(self.window.class_length(int(self.q.residue[g])))
             rows = slice(self.q.lo[g], self.q.hi[g])

@@ -38,8 +38,8 @@ class AxisWindow:
             object.__setattr__(self, "window", self.size // self.dilation)
         if self.window < 1 or self.window * self.dilation > self.size:
             raise ValueError(
-                f"window={self.window} x dilation={self.dilation} does not fit an axis of {self.size} tokens; legal are "
-                f"windows of 1..{self.size // self.dilation} at this dilation, or -1 for the whole axis"
+                f"window={self.window} x dilation={self.dilation} does not fit an axis of {self.size} tokens; "
+                f"legal are windows of 1..{self.size // self.dilation} at this dilation, or -1 for the whole axis"
             )
         if not 1 <= self.stride <= self.window:
             raise ValueError(f"stride={self.stride}: legal is 1..{self.window}, the window")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import block_sparse_reference
 from attn_plugins.ops.checks import check_qkv, choose_backend, resolve_scale
-from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.plan.block_plan import BlockPlan
 
 
@@ -16,7 +16,12 @@ def _plans_of(spec: Sequence[int], q: torch.Tensor) -> list[tuple[slice, BlockPl
     return [(slice(None), BlockPlan.by_key(spec[0]))]
 
 
-_op = register_sparse_op("block_sparse", _plans_of)
+def _keep(spec: Sequence[int]) -> BlockPlan | None:
+    """A caller may drop its plan before the backward; a compiled graph has no ctx, so there the caller keeps it."""
+    return BlockPlan.by_key(spec[0]) if isinstance(spec[0], int) else None
+
+
+_op = register_sparse_op("block_sparse", _plans_of, _keep)
 
 
 def block_sparse_attention(

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_plugins.ops.block_sparse.jobs import Chunk, plan_chunks
+from attn_plugins.ops.block_sparse.jobs import Chunk, Part, plan_chunks
 from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
+from attn_plugins.ops.merge import merge_attention_states
 from attn_plugins.plan.block_plan import BlockPlan
 
 CHUNK_BYTES = 1 << 20  # of gathered keys and values, per thread: they are read again at once, from a core's own cache
@@ -21,19 +22,27 @@ CHUNK_BYTES = 1 << 20  # of gathered keys and values, per thread: they are read 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output in q's memory layout and LSE (B, H, N) over the pairs of `plan`; q (B, H, N, D), k, v (B, H_kv, N_kv, D)."""
+    """q (B, H, N, D), k and v (B, H_kv, N_kv, D) to the output, in q's memory layout, and the LSE (B, H, N)."""
     out = torch.zeros_like(q) if _leaves_rows(plan) else torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
     for chunk, b, kv, heads in _work(q, k, plan):
-        keys, values = _gather(k[b, kv], chunk.kv_tokens, chunk.rows), _gather(v[b, kv], chunk.kv_tokens, chunk.rows)
+        keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
         for h in heads:
-            tiles = _gather(q[b, h], chunk.q_tokens, chunk.rows)
-            found, found_lse = attend(tiles, keys, values, chunk.bias, scale)
-            if chunk.blind is not None:
-                found, found_lse = found.masked_fill(chunk.blind[..., None], 0.0), found_lse.masked_fill(chunk.blind, float("-inf"))
-            _put(out[b, h], chunk.q_tokens, found)
-            _put(lse[b, h], chunk.q_tokens, found_lse)
+            tiles = chunk.q.read(q[b, h])
+            found = [_attend(tiles, *one, part, scale) for one, part in zip(keys, chunk.parts, strict=True)]
+            merged, merged_lse = found[0] if len(found) == 1 else merge_attention_states(*zip(*found, strict=True))
+            chunk.q.write(out[b, h], merged)
+            chunk.q.write(lse[b, h], merged_lse)
+    return out, lse
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Part, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = attend(q, k, v, part.bias, scale)
+    if part.blind is not None:
+        out, lse = out.masked_fill(part.blind[..., None], 0.0), lse.masked_fill(part.blind, float("-inf"))
     return out, lse
 
 
@@ -53,18 +62,24 @@ def backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
     for chunk, b, kv, heads in _work(q, k, plan):
-        keys, values = _gather(k[b, kv], chunk.kv_tokens, chunk.rows), _gather(v[b, kv], chunk.kv_tokens, chunk.rows)
+        keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
         for h in heads:
-            rows = [None if t is None else _gather(t[b, h], chunk.q_tokens, chunk.rows) for t in (grad_out, grad_lse, q, out, lse)]
-            dq, dk, dv = attend_backward(rows[0], rows[1], rows[2], keys, values, rows[3], rows[4], chunk.bias, scale)  # type: ignore[arg-type]
-            _put(grad_q[b, h], chunk.q_tokens, dq)
-            _add(grad_k[b, kv], chunk.kv_tokens, dk)
-            _add(grad_v[b, kv], chunk.kv_tokens, dv)
+            rows = [None if t is None else chunk.q.read(t[b, h]) for t in (grad_out, grad_lse, q, out, lse)]
+            tile_grad_q = None
+            for (tile_k, tile_v), part in zip(keys, chunk.parts, strict=True):
+                # With the LSE over all parts, each part's gradient is its share of the whole. delta belongs to all keys
+                # at once, so grad_lse is given to each part.
+                grads = attend_backward(*rows[:3], tile_k, tile_v, *rows[3:], part.bias, scale)  # type: ignore[arg-type]
+                tile_grad_q = grads[0] if tile_grad_q is None else tile_grad_q + grads[0]
+                part.keys.add(grad_k[b, kv], grads[1])
+                part.keys.add(grad_v[b, kv], grads[2])
+            assert tile_grad_q is not None  # a chunk has at least one part
+            chunk.q.write(grad_q[b, h], tile_grad_q)
     return grad_q, *(torch.empty_like(t).copy_(grad) for grad, t in ((grad_k, k), (grad_v, v)))
 
 
 def _work(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> Iterator[tuple[Chunk, int, int, range]]:
-    """(chunk, batch item, KV head, query heads): a KV head's keys are gathered once for the query heads of its group."""
+    """(chunk, batch item, KV head, query heads): keys are gathered once for the query heads of a group."""
     batch, kv_heads, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     threads = torch.get_num_threads() if q.device.type == "cpu" else 16
     longest = threads * CHUNK_BYTES // (2 * q.shape[-1] * q.element_size())
@@ -79,27 +94,6 @@ def _work(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> Iterator[tuple[C
                         continue
                     for kv in range(kv_heads):
                         yield chunk, b, kv, range(kv * group, (kv + 1) * group)
-
-
-def _gather(t: torch.Tensor, tokens: torch.Tensor | None, rows: int) -> torch.Tensor:
-    """(N, ...) to (1, rows, tokens per row, ...). One head at a time: a token is then one run of memory."""
-    return (t if tokens is None else t.index_select(0, tokens)).view(1, rows, -1, *t.shape[1:])
-
-
-def _put(target: torch.Tensor, tokens: torch.Tensor | None, tiles: torch.Tensor) -> None:
-    """Write (1, rows, T, ...) results to their tokens (N, ...)."""
-    if tokens is None:
-        target.copy_(tiles.reshape(target.shape))
-    else:
-        target.index_copy_(0, tokens, tiles.flatten(0, 2))
-
-
-def _add(target: torch.Tensor, tokens: torch.Tensor | None, tiles: torch.Tensor) -> None:
-    """Add (1, rows, E, D) gradients of gathered keys to their tokens (N, D)."""
-    if tokens is None:
-        target.add_(tiles.reshape(target.shape))
-    else:
-        target.index_add_(0, tokens, tiles.flatten(0, 2).to(target.dtype))
 
 
 def _leaves_rows(plan: BlockPlan) -> bool:

@@ -9,7 +9,8 @@ from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
 
 def dense_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, H, N, D), k and v (B, H_kv, N_kv, D). Returns out in q's memory layout and LSE (B, H, N)."""
-    out, lse = (torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide, device=q.device)
     for b in range(q.shape[0]):
         tile_q, tile_k, tile_v = _grouped(q[b], k[b], v[b])
         found, found_lse = attend(tile_q, tile_k, tile_v, None, scale)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_plugins.ops.block_sparse.tokens import Tokens
 from attn_plugins.plan.block_plan import BlockPlan
+from attn_plugins.plan.cost import WHOLE_KEYS
 
 KEPT_BYTES = 32 << 20  # of token numbers and masks that a plan may keep; beyond that they are made anew in each call
 
@@ -27,22 +29,27 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What one attention call needs: token numbers, and the mask as a bias. None stands for all tokens in order."""
+class Part:
+    """Some of a chunk's keys, and their mask as a bias: one attention call."""
 
-    q_tokens: torch.Tensor | None  # (R * T,)
-    kv_tokens: torch.Tensor | None  # (R * E,)
-    rows: int
-    bias: torch.Tensor | None  # (1, 1, T, E)
-    blind: torch.Tensor | None = None  # (1, 1, T) bool, queries that see none of the keys, if there are any
+    keys: Tokens
+    bias: torch.Tensor | None = None  # (1, 1, T, E)
+    blind: torch.Tensor | None = None  # (1, 1, T) bool, queries that see none of these keys, if there are any
+
+    def to(self, device: torch.device) -> Part:
+        bias, blind = (None if t is None else t.to(device) for t in (self.bias, self.blind))
+        return Part(self.keys.to(device), bias, blind)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A few query blocks of a job, and the keys they see: in one part, or in two whose results are merged by LSE."""
+
+    q: Tokens
+    parts: tuple[Part, ...]
 
     def to(self, device: torch.device) -> Chunk:
-        if device.type == "cpu":
-            return self
-        q_tokens, kv_tokens, bias, blind = (
-            None if t is None else t.to(device) for t in (self.q_tokens, self.kv_tokens, self.bias, self.blind)
-        )
-        return Chunk(q_tokens, kv_tokens, self.rows, bias, blind)
+        return self if device.type == "cpu" else Chunk(self.q.to(device), tuple(part.to(device) for part in self.parts))
 
 
 def plan_jobs(plan: BlockPlan, item: int, head: int) -> list[Job]:
@@ -68,33 +75,57 @@ def plan_chunks(plan: BlockPlan, item: int, head: int, longest: int, dtype: torc
 
     A chunk has at most `longest` gathered keys, but at least one query block.
     """
-    jobs = plan_jobs(plan, item, head)
-    entries = sum(len(job.rows) * (job.queries + job.keys) + job.masked * job.queries * job.keys for job in jobs)
-    if 8 * entries > KEPT_BYTES or plan.batch * plan.heads > 1:
-        return (chunk for job in jobs for chunk in _chunks(plan, item, head, job, longest, dtype))
+    made = (chunk for job in plan_jobs(plan, item, head) for chunk in _chunks(plan, item, head, job, longest, dtype))
+    if plan.batch * plan.heads > 1:
+        return made
     kept = plan.prepared.setdefault("chunks", {})
-    if (longest, dtype) not in kept:
-        kept[longest, dtype] = [chunk for job in jobs for chunk in _chunks(plan, item, head, job, longest, dtype)]
-    return kept[longest, dtype]
+    return kept.get((longest, dtype)) or _keeping(made, kept, (longest, dtype))
+
+
+def _keeping(made: Iterable[Chunk], kept: dict[Hashable, list[Chunk]], key: Hashable) -> Iterator[Chunk]:
+    """Hand chunks on as they are made, and keep them all if they turn out to be small."""
+    chunks: list[Chunk] | None = []
+    size = 0
+    shared: set[int] = set()
+    for chunk in made:
+        if chunks is not None:
+            tensors = [chunk.q.index, *(t for part in chunk.parts for t in (part.keys.index, part.bias, part.blind))]
+            fresh = [t for t in tensors if t is not None and id(t) not in shared]
+            shared |= {id(t) for t in fresh}
+            size += sum(t.numel() * t.element_size() for t in fresh)
+            chunks = [*chunks, chunk] if size <= KEPT_BYTES else None
+        yield chunk
+    if chunks is not None:
+        kept[key] = chunks
 
 
 def _chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype: torch.dtype) -> Iterator[Chunk]:
-    bias = blind = None
+    columns: list[torch.Tensor] = []
+    masks: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     if job.masked:
         assert plan.rule is not None  # masked rows have a rule by construction
         mask = plan.rule.mask(plan, int(job.rows[0]), item, head)
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[None, None]
-        if plan.rule.empty_rows:
-            blind = ~mask.any(-1)[None, None]
+        columns = _split(mask)
+        masks = [_bias(mask[:, chosen], dtype) for chosen in columns[-1:]]
     for rows in job.rows.split(max(1, longest // job.keys)):
-        q_tokens = plan.q_tokens(rows).reshape(-1)
-        if job.masked and plan.rule is not None:
-            kv_tokens = plan.rule.keys(plan, rows, item, head).reshape(-1)
-        else:
-            kv_tokens = plan.kv_tokens(rows, item, head).reshape(-1)
-        whole = [len(t) == n and _in_order(t) for t, n in ((q_tokens, plan.q_length), (kv_tokens, plan.kv_length))]
-        yield Chunk(None if whole[0] else q_tokens, None if whole[1] else kv_tokens, len(rows), bias, blind)
+        q = Tokens.of(plan.q_tokens(rows))
+        if not job.masked or plan.rule is None:
+            yield Chunk(q, (Part(Tokens.of(plan.kv_tokens(rows, item, head))),))
+            continue
+        keys = plan.rule.keys(plan, rows, item, head)
+        whole = [Part(Tokens.of(keys[:, chosen])) for chosen in columns[:-1]]
+        yield Chunk(q, (*whole, *(Part(Tokens.of(keys[:, columns[-1]]), *one) for one in masks)))
 
 
-def _in_order(tokens: torch.Tensor) -> bool:
-    return bool((tokens == torch.arange(len(tokens))).all())
+def _split(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The columns of a tile's mask: those that all queries see, if they are many, and the rest."""
+    whole = mask.all(0)
+    if int(whole.sum()) < WHOLE_KEYS:
+        return [torch.arange(mask.shape[1])]
+    return [torch.nonzero(whole)[:, 0], torch.nonzero(~whole)[:, 0]]
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    blind = ~mask.any(-1)
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return bias[None, None], blind[None, None] if bool(blind.any()) else None

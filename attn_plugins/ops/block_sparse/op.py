@@ -20,8 +20,11 @@ PlansOf = Callable[[Sequence[int], torch.Tensor], list[tuple[slice, BlockPlan]]]
 SparseOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def register_sparse_op(name: str, plans_of: PlansOf) -> SparseOp:
-    """Register `attn_plugins::name(q, k, v, scale, spec) -> (out, lse)` and its backward."""
+def register_sparse_op(name: str, plans_of: PlansOf, keep: Callable[[Sequence[int]], object] | None = None) -> SparseOp:
+    """Register `attn_plugins::name(q, k, v, scale, spec) -> (out, lse)` and its backward.
+
+    `keep(spec)` is held until the backward has run: for plans that only their maker would keep alive.
+    """
     schema = "(Tensor q, Tensor k, Tensor v, float scale, SymInt[] spec) -> (Tensor, Tensor)"
     backward_schema = (
         "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -63,6 +66,7 @@ def register_sparse_op(name: str, plans_of: PlansOf) -> SparseOp:
         q, k, v, ctx.scale, ctx.spec = inputs
         ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
+        ctx.kept = keep(ctx.spec) if keep else None
 
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors

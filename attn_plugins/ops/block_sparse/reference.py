@@ -16,10 +16,11 @@ def masked_attention(
     """
     groups = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = (q.to(wide) * scale) @ k.transpose(-1, -2)
+    unseen, blind = ~mask.any(-2)[..., None], ~mask.any(-1)[..., None]  # padding: whatever stands there is not read
+    k, v = (t.to(wide).repeat_interleave(groups, dim=1).masked_fill(unseen, 0.0) for t in (k, v))
+    scores = (q.to(wide).masked_fill(blind, 0.0) * scale) @ k.transpose(-1, -2)
     scores = scores.masked_fill(~mask, float("-inf"))
-    empty = ~mask.any(-1).expand(scores.shape[:-1])
+    empty = blind[..., 0].expand(scores.shape[:-1])
     lse = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), dim=-1).masked_fill(empty, float("-inf"))
     probabilities = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
     return (probabilities @ v).to(q.dtype), lse

@@ -18,9 +18,10 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention. q (B, R, T, D), k and v (B, R, E, D), bias broadcastable to (B, R, T, E) in q's dtype.
 
-    Returns (out (B, R, T, D), lse (B, R, T) in float32, float64 for float64). A row whose bias is all -inf gives 0 and -inf.
+    Returns (out (B, R, T, D), lse (B, R, T), at least float32). What a row whose bias is all -inf gives is not defined.
     """
     if q.device.type == "cpu":
+        q, k, v = _packed(q, k, v)
         out, lse = _flash(q, k, v, attn_mask=bias, scale=scale)
     else:
         scores = _scores(q, k, bias, scale)
@@ -48,6 +49,7 @@ def attend_backward(
     if q.device.type != "cpu":
         return _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
     if grad_lse is None:
+        grad_out, q, k, v, out = _packed(grad_out, q, k, v, out)
         return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
     # The kernel forms delta = rowsum(grad_out * out); the LSE's gradient enters as delta - grad_lse. One more column
     # (1 in grad_out, -grad_lse in out, 0 in q, k, v) does exactly that and touches nothing else.
@@ -62,12 +64,17 @@ def attend_backward(
 
 def _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale):  # type: ignore[no-untyped-def]
     probabilities = torch.exp(_scores(q, k, bias, scale) - lse[..., None])
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
     grad_scores = probabilities * ((grad_out @ v.transpose(-1, -2)).to(delta.dtype) - delta[..., None])
     grad_scores, probabilities = (grad_scores * scale).to(q.dtype), probabilities.to(q.dtype)
     return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ grad_out
+
+
+def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The kernel takes the elements of a row to lie side by side, and does not check."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:

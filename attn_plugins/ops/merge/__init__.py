@@ -34,7 +34,7 @@ def merge_attention_states(
     stacked = torch.stack(list(lses)).to(torch.promote_types(lses[0].dtype, torch.float32))
     empty = (stacked == float("-inf")).all(0)
     lse = torch.logsumexp(stacked.masked_fill(empty, 0.0), dim=0).masked_fill(empty, float("-inf"))
-    weights = torch.exp(stacked - lse.masked_fill(empty, 0.0))
+    weights = torch.softmax(stacked.masked_fill(empty, 0.0), dim=0).masked_fill(empty, 0.0)
     merged = sum(weight[..., None] * out for weight, out in zip(weights, outputs, strict=True))
     assert isinstance(merged, torch.Tensor)  # there is at least one state
     return merged.to(outputs[0].dtype), lse

@@ -6,12 +6,12 @@ from collections.abc import Sequence as Rows
 
 import torch
 
+from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import masked_attention
 from attn_plugins.ops.checks import check_qkv, choose_backend, resolve_scale
 from attn_plugins.ops.neighborhood.heads import HeadGroup, group_heads, kv_heads_of
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask
 from attn_plugins.ops.neighborhood.spec import encode, plans_of
-from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence, text_lengths
 
@@ -62,11 +62,12 @@ def neighborhood_attention(
     sequence = Sequence(grid, before, after, valid_before, valid_after)  # type: ignore[arg-type]
     if not q.shape[2] == k.shape[2] == sequence.length:
         raise ValueError(
-            f"q has {q.shape[2]} tokens, k {k.shape[2]}; text_before {before} + grid {sequence.grid} ({sequence.tokens}) "
-            f"+ text_after {after} makes {sequence.length}"
+            f"q has {q.shape[2]} tokens, k {k.shape[2]}; text_before {before} + grid {sequence.grid} "
+            f"({sequence.tokens}) + text_after {after} makes {sequence.length}"
         )
-    if sequence.batch not in (None, q.shape[0]):
-        raise ValueError(f"valid text lengths for {sequence.batch} batch items, but the batch has {q.shape[0]}")
+    for valid in (valid_before, valid_after):  # here, not in Sequence: it makes one int of rows that are all alike
+        if isinstance(valid, tuple) and len(valid) != q.shape[0]:
+            raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
     factor = resolve_scale(scale, q.shape[-1])
     run = _reference if choose_backend(backend, q.device) == "reference" else _fast
     groups = group_heads(sequence.grid, q.shape[1], window, stride, dilation, causal)

@@ -1,4 +1,4 @@
-"""The setting of a neighborhood attention as a list of ints, which is what a custom op and a compiled graph can carry."""
+"""The setting of a neighborhood attention as a list of ints: what a custom op and a compiled graph can carry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from attn_plugins.sequence import Sequence
 
 
 def encode(sequence: Sequence, group: HeadGroup) -> list[int]:
-    """[axes, grid.., window.., stride.., dilation.., causal.., text_before, text_after, items, valid_before.., valid_after..]"""
-    valid = []
+    """[axes, grid.., window.., stride.., dilation.., causal.., text before, after, items, valid before.., after..]"""
+    valid: list[int] = []
     items = sequence.batch or 1
     for lengths in (sequence.valid_before, sequence.valid_after):
         valid += list(lengths) if isinstance(lengths, tuple) else [lengths] * items  # type: ignore[list-item]

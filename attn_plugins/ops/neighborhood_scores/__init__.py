@@ -106,7 +106,7 @@ def _bias_of(bias: torch.Tensor, axes: tuple[AxisWindow, ...], q: torch.Tensor) 
 def _check_pair(a: torch.Tensor, b: torch.Tensor, name_a: str, name_b: str) -> None:
     if not 4 <= b.dim() <= 6 or a.dim() != b.dim():
         raise ValueError(
-            f"{name_a} {tuple(a.shape)}, {name_b} {tuple(b.shape)}: expected (B, H, *grid, D) with a grid of 1 to 3 axes"
+            f"{name_a} {tuple(a.shape)}, {name_b} {tuple(b.shape)}: expected (B, H, *grid, D), a grid of 1 to 3 axes"
         )
     if a.dtype != b.dtype or a.device != b.device:
         raise ValueError(

@@ -1,0 +1,112 @@
+"""The handle that `patch` returns: what was patched, why, and the way back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+
+from torch import nn
+
+from attn_plugins import recipe, record
+from attn_plugins.record import Patched
+
+
+class PatchHandle:
+    """One method on one or several roots (a pipeline may have two transformers).
+
+    Also a context manager: the patch goes when the block ends. It holds the models weakly.
+
+    Attributes:
+        method: the method's name.
+        patches: one `Patched` per root, in order.
+    """
+
+    def __init__(self, rows: list[tuple[nn.Module, Patched]]) -> None:
+        self.method = rows[0][1].method
+        self.patches = [patched for _, patched in rows]
+        self._roots = [weakref.ref(root) for root, _ in rows]
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The patched roots that still exist."""
+        return [root for root in (ref() for ref in self._roots) if root is not None]
+
+    @property
+    def active(self) -> bool:
+        """Whether any of it is still in place."""
+        return any(
+            row is patched
+            for ref, patched in zip(self._roots, self.patches, strict=True)
+            if (root := ref()) is not None
+            for row in record.patches_of(root)
+        )
+
+    def remove(self, keep: Collection[int] = ()) -> None:
+        """Take the patch out, exactly; nothing if it is out already. A forward that is running ends dense.
+
+        `keep`: ids of the `Patched` that stay.
+        """
+        for ref, patched in reversed(list(zip(self._roots, self.patches, strict=True))):
+            root = ref()
+            if root is not None and id(patched) not in keep:
+                record.remove(root, patched)
+
+    def summary(self) -> str:
+        """A printable table: sites, config, density, the bound on the whole step."""
+        try:
+            from attn_plugins import report
+        except ImportError:
+            return "\n".join(_plain_row(patched) for patched in self.patches)
+        return report.summarise(self)
+
+    def explain(self) -> str:
+        """Why each layer is sparse or dense, a line each."""
+        lines = []
+        for patched in self.patches:
+            schedule, minimum = patched.state.schedule, patched.state.min_tokens
+            preset = f", preset {patched.preset}" if patched.preset else ""
+            lines.append(f"{patched.method} on {patched.family}{preset}")
+            if not schedule.always_sparse:
+                lines.append(f"  dense for the first {schedule.dense_steps} {_unit(schedule.dense_steps)}")
+            if minimum:
+                lines.append(f"  dense where the grid has fewer than {minimum} tokens")
+            lines += [f"  {layer.name}: {layer.kind}, {patched.method}" for layer in patched.layers]
+            lines += [f"  {name}: dense, {why}" for name, why in patched.skipped]
+            lines += [f"  dense so far because {reason}" for reason in sorted(patched.state.warned)]
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the patch as a recipe, which `patch(obj, path)` takes.
+
+        Raises:
+            ValueError: roots that were patched differently have no single recipe.
+        """
+        first = self.patches[0]
+        if not all(patched.same_as(first) for patched in self.patches):
+            raise ValueError(
+                "the patched models differ in sites or config: patch them one by one, and save each handle"
+            )
+        return recipe.write(first, path)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        sites = sum(len(patched.layers) for patched in self.patches)
+        return f"<PatchHandle {self.method}: {sites} sites, {'active' if self.active else 'removed'}>"
+
+
+def _unit(dense_steps: float | int) -> str:
+    return "of the schedule" if isinstance(dense_steps, float) else "steps"
+
+
+def _plain_row(patched: Patched) -> str:
+    sites = f"{len(patched.layers)} of {len(patched.layers) + len(patched.skipped)} sites"
+    return f"{patched.method} on {patched.family}: {sites}, {patched.config}"

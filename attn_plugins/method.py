@@ -1,0 +1,145 @@
+"""What a method is: it knows an algorithm and no model.
+
+A `Method` is named, has a frozen config, and bound to a kind of layer it gives a `Processor`: the thing that is called
+with q, k, v. A family calls it through `Layer.attend` (runtime.py). Three kinds (see docs/design.md): *sparse* methods
+return a block plan, *operator* methods compute something else from q, k, v, *module* methods replace the module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from attn_plugins.sequence import Sequence
+
+SiteKind = Literal["self", "joint", "cross", "causal"]
+
+
+@dataclass
+class CausalKeys:
+    """Where the tokens of a causal call stand, when shapes alone do not tell (padding, a cache with room to spare).
+
+    positions (B, N_kv): of each key in its own item, counted from the item's first real token; negative: not a token.
+    first (B,): the position of the first query, counted alike. column (one element): the key slot of the first query.
+    Integers on the device of q; their values must not be read on the host.
+    """
+
+    positions: torch.Tensor
+    first: torch.Tensor
+    column: torch.Tensor
+
+
+@dataclass
+class AttentionCall:
+    """One attention call, as the interception hands it over.
+
+    q (B, H, N, D); k, v (B, H_kv, N_kv, D): after projection, norm and rotation, any strides.
+    `sequence` describes the N tokens (None where the family could not tell); `causal` is the original's flag;
+    `mask` is what is left of the original's mask after the family has turned key padding into the sequence's valid
+    lengths; `extras` holds whatever else the interception saw (hidden_states, rotary tables) for methods that ask.
+
+    Of causal sites: q may be shorter than k (a cache). `keys` None: all keys are real and consecutive, and the last one
+    belongs to the last query. `sliding_window`: the model's own rule, a query sees fewer than so many keys back.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kind: SiteKind
+    sequence: Sequence | None = None
+    scale: float | None = None
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    dropout: float = 0.0
+    keys: CausalKeys | None = None
+    sliding_window: int | None = None
+    extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the methods' configs: frozen, comparable, made from plain YAML values."""
+
+    @classmethod
+    def from_options(cls, **options: Any) -> MethodConfig:
+        """A config from keyword options; lists become tuples (YAML knows no tuples).
+
+        Raises:
+            TypeError: an unknown option; the message lists the legal ones, nearest first.
+        """
+        from difflib import get_close_matches
+
+        names = [field.name for field in dataclasses.fields(cls)]
+        for option in options:
+            if option not in names:
+                near = get_close_matches(option, names, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise TypeError(f"unknown option {option!r}{hint}; {cls.__name__} takes {', '.join(names)}")
+        return cls(**{key: _frozen(value) for key, value in options.items()})
+
+    def to_options(self) -> dict[str, Any]:
+        """The options that differ from the defaults, as plain values that YAML can hold."""
+        rows = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                rows[field.name] = _plain(value)
+        return rows
+
+
+class Processor(ABC):
+    """A method bound to a config: stateless, shared by all layers with an equal config, called per attention call."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Why this call must stay dense (said to the user once), or None. Must not read tensor values."""
+        if call.mask is not None:
+            return "the model passes an attention mask that this method cannot honour"
+        if call.keys is not None or call.sliding_window is not None:
+            return "this method cannot honour padded prompts, preallocated caches or the model's own sliding window"
+        if call.dropout:
+            return "attention dropout is on"
+        return None
+
+    @abstractmethod
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        """The output, (B, H, N, D), in q's memory layout."""
+
+    def density(self, sequence: Sequence) -> float:
+        """Share of the dense (query, key) pairs that are computed."""
+        return 1.0
+
+
+class Method(ABC):
+    """A named algorithm. Subclasses set the class variables and `processor`."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    kind: ClassVar[Literal["sparse", "operator", "module"]]
+    paper: ClassVar[str]
+    config_class: ClassVar[type[MethodConfig]]
+    sites: ClassVar[frozenset[SiteKind]] = frozenset({"self", "joint"})
+    # options by which a person brings a setting of their own: with one of them, and no preset named, no preset is used
+    own_settings: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def processor(self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind) -> Processor | None:
+        """The processor of the layer that is number `layer_index` of `layer_count` of its `kind`; None leaves it dense.
+
+        Equal layers must get the same object: a compiled model needs a graph for each distinct one.
+        """
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

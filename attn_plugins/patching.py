@@ -1,0 +1,273 @@
+"""The one line: model -> family -> method -> sites, with an undo record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attn_plugins import recipe, record, registry
+from attn_plugins.handle import PatchHandle
+from attn_plugins.method import Method, MethodConfig
+from attn_plugins.patches.family import Site
+from attn_plugins.patches.steps import StepClock
+from attn_plugins.record import SITE_ATTRIBUTE, Patched
+from attn_plugins.runtime import Layer, RootState
+from attn_plugins.schedule import Schedule
+from attn_plugins.selection import select
+from attn_plugins.targets import Target, find
+
+# What stays in other libraries after `unpatch`: names that nothing uses until a model is patched again.
+GLOBALS: tuple[str, ...] = (
+    "diffusers.hooks._helpers.AttentionProcessorRegistry: an entry for the stand-in of each patched processor class "
+    "(LayerSkip looks processors up by exact class)",
+    "transformers' AttentionInterface and AttentionMaskInterface: one entry each, named 'attn_plugins'",
+)
+
+
+def patch(
+    obj: object,
+    method: str | Path | Method | None = None,
+    *,
+    quality: str = "balanced",
+    preset: str | None = None,
+    layers: Any = None,
+    dense_steps: float | int | None = None,
+    num_steps: int | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    min_tokens: int | None = None,
+    **options: Any,
+) -> PatchHandle:
+    """Swap the attention of a pipeline or model for a method; `unpatch` takes it back exactly.
+
+    Args:
+        obj: a pipeline (all its denoisers), a model (also inside torch.compile or PEFT), or a list of them.
+        method: a name (`attn_plugins.available()` lists them), a recipe file written by `handle.save`, or a Method.
+            None: what the presets recommend for this model.
+        quality: "safe", "balanced" or "fast": which of a preset's settings to take.
+        preset: a preset by name; None: the one made for this model, if there is one.
+        layers: which layers; see `attn_plugins.selection.select`.
+        dense_steps: first steps of a generation that stay dense: a float is a share of the schedule, an int a number.
+        num_steps: length of the schedule, needed for a share on a bare model.
+        backend: "auto", "cpu", "triton" or "reference", for methods that have a choice.
+        strict: raise where a call would stay dense with a warning.
+        min_tokens: calls with a smaller grid stay dense (UNets have several sizes; their families have a default).
+        **options: the method's own; they win over the preset's.
+
+    Returns:
+        The handle. Patching again with the same method and settings returns the same handle and changes nothing.
+
+    Raises:
+        ValueError: unknown method or preset, no family, zero sites, a site that another patch holds, illegal settings.
+        TypeError: an unknown option, or an attention processor that cannot be got between.
+    """
+    request = _Request(method, quality, preset, layers, dense_steps, num_steps, backend, strict, min_tokens, options)
+    if recipe.is_recipe(method):
+        request = _from_recipe(request)
+    return _install([(target, _plan(target, request)) for target in find(obj)])
+
+
+def unpatch(obj: object, method: str | None = None) -> None:
+    """Take patches out of `obj`, the last first: all of them, or those of one method. Exact: see docs/design.md.
+
+    Raises:
+        ValueError: there is nothing to take out.
+    """
+    rows = [(t.root, patched) for t in find(obj) for patched in record.patches_of(t.root)]
+    chosen = [(root, patched) for root, patched in rows if method in (None, patched.method)]
+    if not chosen:
+        held = sorted({patched.method for _, patched in rows})
+        what = f"by {method!r} (it is by {', '.join(held)})" if held else "by attn_plugins"
+        raise ValueError(f"{type(obj).__name__} is not patched {what}: nothing to take out")
+    for root, patched in reversed(chosen):
+        record.remove(root, patched)
+
+
+@contextlib.contextmanager
+def patched(obj: object, method: str | Path | Method | None = None, **settings: Any) -> Iterator[PatchHandle]:
+    """`with patched(pipe, "gna"): ...`: patched inside the block, as it was before after it."""
+    before = {id(row) for target in find(obj) for row in record.patches_of(target.root)}
+    handle = patch(obj, method, **settings)
+    try:
+        yield handle
+    finally:
+        handle.remove(keep=before)
+
+
+def summary(obj: object) -> str:
+    """The tables of all patches on `obj`, or a line that says there is none."""
+    handles: list[PatchHandle] = []
+    for target in find(obj):
+        for row in record.patches_of(target.root):
+            row.handle = row.handle or PatchHandle([(target.root, row)])
+            if all(row.handle is not handle for handle in handles):
+                handles.append(row.handle)
+    return "\n\n".join(handle.summary() for handle in handles) or f"{type(obj).__name__} is not patched"
+
+
+@dataclasses.dataclass
+class _Request:
+    """The arguments of `patch`, or a recipe's."""
+
+    method: str | Path | Method | None
+    quality: str
+    preset: str | None
+    layers: Any
+    dense_steps: float | int | None
+    num_steps: int | None
+    backend: str
+    strict: bool
+    min_tokens: int | None
+    options: dict[str, Any]
+    recipe_of: str | None = None
+
+
+def _from_recipe(request: _Request) -> _Request:
+    """The request that a recipe file stands for; what the caller gave besides wins."""
+    assert isinstance(request.method, (str, Path))  # recipe.is_recipe
+    saved = recipe.read(request.method)
+
+    def given(name: str, otherwise: Any = None) -> Any:
+        value = getattr(request, name)
+        return saved.get(name, otherwise) if value is None else value
+
+    names = frozenset(saved.get("sites", ()))
+    return dataclasses.replace(
+        request,
+        method=saved["method"],
+        layers=functools.partial(_is_named, names) if names and request.layers is None else request.layers,
+        dense_steps=given("dense_steps", 0),
+        num_steps=given("num_steps"),
+        min_tokens=given("min_tokens", 0),
+        options={**saved.get("options", {}), **request.options},
+        recipe_of=saved.get("family", ""),
+    )
+
+
+def _is_named(names: frozenset[str], site: Site) -> bool:
+    return site.name in names
+
+
+def _plan(target: Target, request: _Request) -> Patched:
+    """What patching one target will be; changes nothing."""
+    from attn_plugins import presets
+
+    root, family, _ = target
+    if request.recipe_of and request.recipe_of != family.name:
+        raise ValueError(
+            f"the recipe is for models of {request.recipe_of!r}; {type(root).__name__} is of {family.name!r}"
+        )
+    asked = request.method
+    method = asked if isinstance(asked, Method) else registry.method(str(asked or _recommended(target)))
+    chosen = None
+    settled = request.recipe_of is not None or request.options.keys() & method.own_settings
+    if not settled or request.preset is not None:
+        chosen = presets.resolve(method.name, family.name, root, request.quality, request.preset)
+    options = {**chosen.options, **request.options} if chosen else request.options
+    layers = chosen.layers if chosen and request.layers is None else request.layers
+    dense_steps = request.dense_steps if request.dense_steps is not None else chosen.dense_steps if chosen else 0
+    min_tokens = request.min_tokens
+    if min_tokens is None:
+        min_tokens = (chosen.min_tokens if chosen else 0) or family.extras.get("min_tokens", 0)
+    config = _config(method, options, request.backend)
+    schedule = Schedule(dense_steps, request.num_steps)
+    clock = _clock(target, schedule)
+
+    state = RootState(
+        schedule, clock=clock, strict=request.strict, min_tokens=min_tokens,
+        key_padding=bool(family.extras.get("key_padding")),
+    )  # fmt: skip
+    all_sites = family.find_sites(root)
+    sites, skipped = select(method, family, all_sites, layers)
+    plan = Patched(method.name, family.name, config, state, [], skipped, chosen.name if chosen else None)
+    counts = {kind: sum(site.kind == kind for site in all_sites) for kind in method.sites}
+    for site in sites:
+        processor = method.processor(config, site.index, counts[site.kind], site.kind)
+        if processor is None:
+            plan.skipped.append((site.name, "the method leaves this layer dense"))
+        else:
+            plan.layers.append(Layer(state, processor, site.kind, site.name, site.index))
+    if not plan.layers:
+        raise ValueError(f"{method.name!r} with {config} leaves every site of {family.title} dense: zero sites")
+    return plan
+
+
+def _recommended(target: Target) -> str:
+    from attn_plugins import presets
+
+    name = presets.recommend(target.family.name, target.root)
+    if name is None:
+        raise ValueError(
+            f"no preset recommends a method for this {target.family.title} ({type(target.root).__name__}); "
+            f"name one: {', '.join(registry.method_names())}"
+        )
+    return name
+
+
+def _config(method: Method, options: dict[str, Any], backend: str) -> MethodConfig:
+    fields = {field.name for field in dataclasses.fields(method.config_class)}
+    if "backend" in fields:
+        options = {"backend": backend, **options} if backend != "auto" else options
+    elif backend != "auto":
+        raise ValueError(f"backend={backend!r}: method {method.name!r} has no choice of backends")
+    return method.config_class.from_options(**options)
+
+
+def _clock(target: Target, schedule: Schedule) -> StepClock | None:
+    if target.family.library != "diffusers":
+        if not schedule.always_sparse:
+            raise ValueError(f"dense_steps={schedule.dense_steps}: {target.family.title} has no schedule of steps")
+        return None
+    if not schedule.always_sparse and getattr(target.pipe, "scheduler", None) is None:
+        schedule.first_sparse_step(None)  # a share of an unknown length is an error now, not in the first forward
+    return StepClock(target.pipe)
+
+
+def _install(planned: list[tuple[Target, Patched]]) -> PatchHandle:
+    """All of it or nothing."""
+    rows: list[tuple[nn.Module, Patched]] = []
+    new: list[tuple[Target, Patched]] = []
+    for target, plan in planned:
+        existing = next((row for row in record.patches_of(target.root) if row.same_as(plan)), None)
+        if existing is None:
+            _refuse_taken_sites(target, plan)
+            new.append((target, plan))
+        elif target.pipe is not None and isinstance(existing.state.clock, StepClock):
+            existing.state.clock.add(target.pipe)
+        rows.append((target.root, existing or plan))
+    done: list[tuple[nn.Module, Patched]] = []
+    try:
+        for target, plan in new:
+            by_name = {layer.name: layer for layer in plan.layers}
+            sites = [site for site in target.family.find_sites(target.root) if site.name in by_name]
+            layers = [(site, by_name[site.name]) for site in sites]
+            plan.undo = target.family.interception.install(target.root, target.family, plan.state, layers)
+            record.add(target.root, plan)
+            done.append((target.root, plan))
+    except BaseException:
+        for root, plan in reversed(done):
+            record.remove(root, plan)
+        raise
+    handle = rows[0][1].handle
+    if handle is None or [id(row) for row in handle.patches] != [id(row) for _, row in rows]:
+        handle = PatchHandle(rows)
+    for _, row in rows:
+        row.handle = handle
+    return handle
+
+
+def _refuse_taken_sites(target: Target, plan: Patched) -> None:
+    wanted = {layer.name for layer in plan.layers}
+    for site in target.family.find_sites(target.root):
+        if site.name in wanted and SITE_ATTRIBUTE in site.module.__dict__:
+            other = record.holder(target.root, site.name) or "another patch"
+            raise ValueError(
+                f"site {site.name!r} of {type(target.root).__name__} is held by method {other!r} with other settings: "
+                f"call attn_plugins.unpatch(obj, {other!r}) first, or choose other layers"
+            )

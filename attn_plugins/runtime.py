@@ -1,0 +1,210 @@
+"""What hangs on a patched model while it runs: a `RootState` per patch of a root, a `Layer` on each attention module.
+
+State belongs to the model, so pipelines that share a transformer share its patch. What changes from call to call (the
+sequence, whether this step is dense) is per thread, so two threads may run one model at two resolutions; a checkpoint's
+recomputation, which may run in a third thread, gets the moment of its own forward (patches/checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from attn_plugins.method import AttentionCall, Processor, SiteKind
+from attn_plugins.schedule import Schedule
+from attn_plugins.sequence import Sequence
+
+Snapshot = tuple["Sequence | None", bool, str]
+UNKNOWN = "the token grid of this call is unknown"
+
+
+class Refused(RuntimeError):
+    """A call had to stay dense and the patch was made with strict=True."""
+
+
+class Clock(Protocol):
+    """Tells which step of how many a forward is."""
+
+    def position(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
+        """(step from 0, length of the schedule or None where nothing tells)."""
+
+
+class Moment(threading.local):
+    """The running call, as seen by one thread. `__init__` runs in each: compiled code guards on instance attributes."""
+
+    def __init__(self) -> None:
+        self.sequence: Sequence | None = None
+        self.dense = False
+        self.reason = UNKNOWN
+        self.largest = 0  # tokens of the largest grid of this forward
+
+
+class RootState:
+    """Shared by all layers of one patch on one root.
+
+    Args:
+        schedule: which steps stay dense.
+        clock: tells the step; None where the model has no steps (then only a schedule without dense steps makes sense).
+        strict: a refusal raises `Refused` instead of a warning.
+        min_tokens: calls with a smaller grid stay dense: a choice, worth a word only if it is all of a forward's calls.
+        key_padding: the family has turned the model's key padding mask into the sequence's valid lengths.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        clock: Clock | None = None,
+        strict: bool = False,
+        min_tokens: int = 0,
+        key_padding: bool = False,
+    ) -> None:
+        self.schedule = schedule
+        self.clock = clock
+        self.strict = strict
+        self.min_tokens = min_tokens
+        self.key_padding = key_padding
+        self.moment = Moment()
+        self.warned: set[str] = set()
+        self.last_sequence: Sequence | None = None  # for reports only; any thread's
+
+    def enter(self, sequence: Sequence | None, dense: bool, reason: str = UNKNOWN) -> None:
+        """Called at the start of each forward; `reason` says why `sequence` is None."""
+        moment = self.moment
+        moment.sequence = sequence
+        moment.dense = dense
+        moment.reason = reason
+        if sequence is not None and not torch.compiler.is_compiling():
+            self.last_sequence = sequence
+            moment.largest = max(moment.largest, sequence.tokens)
+
+    def begin_forward(self) -> None:
+        """Before `enter`, where a root's forward begins; says if min_tokens left the method nothing of the last one."""
+        moment = self.moment
+        if 0 < moment.largest < self.min_tokens:
+            self.warn_once(
+                f"no grid of the last forward had min_tokens={self.min_tokens} tokens, the largest {moment.largest}; "
+                "patch with a smaller min_tokens=... to have it sparse"
+            )
+        moment.largest = 0
+
+    def is_dense_step(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the schedule keeps this forward dense."""
+        if self.schedule.always_sparse or self.clock is None:
+            return False
+        return self.schedule.is_dense(*self.clock.position(root, args, kwargs))
+
+    def snapshot(self) -> Snapshot:
+        moment = self.moment
+        return moment.sequence, moment.dense, moment.reason
+
+    @contextlib.contextmanager
+    def use(self, snapshot: Snapshot) -> Iterator[None]:
+        """Run with the moment of an earlier call: what a checkpoint's recomputation needs."""
+        before = self.snapshot()
+        moment = self.moment
+        moment.sequence, moment.dense, moment.reason = snapshot
+        try:
+            yield
+        finally:
+            moment.sequence, moment.dense, moment.reason = before
+
+    def refuse(self, reason: str) -> None:
+        """A call stays dense although a method was asked for: say why, once; under `strict` raise."""
+        if self.strict:
+            raise Refused(f"attn_plugins (strict=True): {reason}")
+        if torch.compiler.is_compiling():
+            _warn_while_compiling(reason)
+        else:
+            self.warn_once(reason)
+
+    def warn_once(self, reason: str) -> None:
+        if torch.compiler.is_compiling() or reason in self.warned:
+            return
+        self.warned.add(reason)
+        _warn(reason)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "moment"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, moment=Moment())
+
+
+class Layer:
+    """One patched attention module. Compiled code must read nothing here that differs from layer to layer but the
+    processor: each distinct value costs a graph."""
+
+    def __init__(self, root: RootState, processor: Processor, kind: SiteKind, name: str, index: int) -> None:
+        self.root = root
+        self.processor = processor
+        self.kind = kind
+        self.name = name
+        self.index = index
+        self.on_grid = kind in ("self", "joint")
+        # a method that reads the layer's own inputs (routers, tables of rotation) says so on its processor
+        self.wants_inputs = bool(getattr(processor, "wants_inputs", False))
+
+    def attend(self, call: AttentionCall) -> torch.Tensor | None:
+        """The method's output (B, H, N, D), or None: run the original attention, with the user's own backend."""
+        root = self.root
+        if root.moment.dense:
+            return None
+        if self.on_grid:
+            reason = self._misfit(call)
+            if reason is not None:
+                root.refuse(reason)
+                return None
+            assert call.sequence is not None  # _misfit refuses calls without one
+            if call.sequence.tokens < root.min_tokens:
+                return None
+        reason = self.processor.refuses(call)
+        if reason is not None:
+            root.refuse(reason)
+            return None
+        return self.processor(call)
+
+    def _misfit(self, call: AttentionCall) -> str | None:
+        """Why the tokens of this call are not the sequence that the family read, or None. Reads shapes only."""
+        sequence = call.sequence
+        if sequence is None:
+            return self.root.moment.reason
+        batch, heads, tokens, _ = call.q.shape
+        if tokens != sequence.length:
+            if self.kind == "self" and tokens == sequence.tokens:  # image-only attention beside a joint one (SD 3.5)
+                call.sequence = Sequence(sequence.grid)
+            else:
+                return (
+                    f"{tokens} tokens where the model's {_described(sequence)} make {sequence.length} "
+                    "(reference, conditioning or other extra tokens?)"
+                )
+        if call.k.shape[2] != tokens:
+            return f"{call.k.shape[2]} keys beside {tokens} queries: not self-attention"
+        if heads % call.k.shape[1]:
+            return f"{heads} query heads are no multiple of {call.k.shape[1]} key heads"
+        if sequence.batch is not None and sequence.batch != batch:
+            return f"a batch of {batch} where the valid lengths are of {sequence.batch} items"
+        return None
+
+
+def _described(sequence: Sequence) -> str:
+    grid = "x".join(map(str, sequence.grid))
+    text = sequence.text_before + sequence.text_after
+    return f"{text} text + {grid} grid tokens" if text else f"{grid} grid tokens"
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"attn_plugins: dense attention used where a method was asked for: {reason}", stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_compiling(reason: str) -> bool:
+    """Said when the graph is made; a compiled graph says nothing."""
+    _warn(reason)
+    return True

@@ -1,0 +1,1 @@
+"""Data and losses for the models that this library trains itself."""

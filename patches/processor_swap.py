@@ -1,0 +1,138 @@
+"""Installing the interception of diffusers on one root, keeping it in place, and taking it out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
+from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
+from attn_plugins.patches.interception import ORIGINAL, STATE, intercepted, why_not
+from attn_plugins.runtime import Layer, RootState
+
+
+class Swapped:
+    """The processors of some attention modules, swapped; knows all that it touched, to give each its class back."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.touched: list[Weakly] = []  # also those that were replaced since: a library may put them back
+
+    def keep(self, state: RootState | None = None) -> None:
+        """Swap what is not swapped (again): a library may have replaced processors since.
+
+        Raises:
+            TypeError: without `state`, a processor that cannot be got between; with it, that is a refusal.
+        """
+        for module in self.modules:
+            processor = module.processor
+            cls = type(processor)
+            if ORIGINAL in cls.__dict__:
+                continue
+            if state is not None and why_not(cls) is not None:
+                state.refuse(f"the processor was replaced by {cls.__name__}, which cannot be patched: {why_not(cls)}")
+                continue
+            processor.__class__ = intercepted(cls)
+            self.touched = [*(other for other in self.touched if other.ref() is not None), Weakly(processor)]
+
+    def restore(self) -> None:
+        for processor in [*(weakly.ref() for weakly in self.touched), *(module.processor for module in self.modules)]:
+            original = type(processor).__dict__.get(ORIGINAL)
+            if original is not None:
+                processor.__class__ = original
+        self.touched = []
+
+
+class RootHook:
+    """Before each forward of the root: heal, read the sequence and the step.
+
+    Never compiled: it may read a tensor's values and a scheduler's state. `torch.compile(model)` and `model.compile()`
+    run a root's hooks in eager code before the graph, so this costs no graph break; a function of the user's own that
+    is compiled around the model gets one here.
+    """
+
+    def __init__(self, read: SequenceReader, state: RootState, swapped: Swapped, checkpointing: list[Weakly]) -> None:
+        self.read = read
+        self.state = state
+        self.swapped = swapped
+        self.checkpointing = checkpointing
+
+    @torch.compiler.disable(
+        reason="attn_plugins reads token grid and step before the model's graph begins: compile the model itself"
+    )
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        state = self.state
+        self.swapped.keep(state)
+        carry(self.checkpointing, state)
+        state.begin_forward()
+        found = self.read(root, args, kwargs)
+        dense = state.is_dense_step(root, args, kwargs)
+        if isinstance(found, str):
+            state.enter(None, dense, found)
+        else:
+            state.enter(found, dense)
+
+
+class LevelHook:
+    """Before each forward of a part that has a grid of its own (a level of a UNet)."""
+
+    def __init__(self, read: SequenceReader, state: RootState) -> None:
+        self.read = read
+        self.state = state
+
+    def __call__(self, level: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found = self.read(level, args, kwargs)
+        dense = self.state.moment.dense
+        if isinstance(found, str):
+            self.state.enter(None, dense, found)
+        else:
+            self.state.enter(found, dense)
+
+
+def _release(module: nn.Module) -> None:
+    module.__dict__.pop(STATE, None)
+
+
+class ProcessorSwap:
+    """The interception of all diffusers families.
+
+    A family's `extras` may name `levels` (a class name) and `read_level` (their reader), for models whose grid changes
+    on the way.
+    """
+
+    def install(
+        self, root: nn.Module, family: Family, state: RootState, layers: list[tuple[Site, Layer]]
+    ) -> list[Undo]:
+        """All of `layers`, or nothing. The undo list holds bound methods and partials: it is copied with the model.
+
+        Raises:
+            TypeError: a processor that cannot be got between.
+        """
+        undo: list[Undo] = []
+        try:
+            modules = [site.module for site, _ in layers]
+            swapped = Swapped(modules)
+            undo.append(swapped.restore)
+            swapped.keep()
+            for site, layer in layers:
+                undo.append(functools.partial(_release, site.module))
+                site.module.__dict__[STATE] = layer
+            checkpointing = checkpointing_modules(root)
+            undo.append(functools.partial(drop, checkpointing, state))
+            carry(checkpointing, state)
+            hook = RootHook(family.read, state, swapped, checkpointing)
+            undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+            if "levels" in family.extras:
+                level_hook = LevelHook(family.extras["read_level"], state)
+                for module in root.modules():
+                    if type(module).__name__ == family.extras["levels"]:
+                        undo.append(module.register_forward_pre_hook(level_hook, with_kwargs=True, prepend=True).remove)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+        return undo

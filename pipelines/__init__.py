@@ -1,0 +1,1 @@
+"""Whole jobs over the library, and the command line over them."""

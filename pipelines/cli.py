@@ -1,0 +1,12 @@
+"""The command line: `attn-plugins`. Every command is a thin call of something that Python can call as well."""
+
+from attn_plugins.pipelines import cli_compare, cli_look, cli_simulate
+from attn_plugins.pipelines.cli_app import app
+
+for module in (cli_look, cli_simulate, cli_compare):  # the order of the commands in --help
+    module.register(app)
+
+__all__ = ["app"]
+
+if __name__ == "__main__":
+    app()

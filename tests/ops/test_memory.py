@@ -1,0 +1,90 @@
+"""Memory beyond what goes in: live storage, counted byte by byte at every operation, never timed or sampled."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from attn_plugins.ops import neighborhood_attention
+
+HEADS, DIM = 4, 64
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made inside it that are still alive; `peak` is the most at once."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "attn_plugins":  # an op is opaque to a mode: run its kernel here, where it is seen
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                self._seen(t.untyped_storage())
+        return result
+
+    def _seen(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def nbytes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_the_counter_counts_what_lives():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a * 2 + a.view(10, 100).sum(0, keepdim=True).new_zeros(1000)
+        del a, b
+        c = torch.zeros(10)
+    assert live.peak >= 3 * 4000 and live.now == nbytes(c)
+
+
+def test_the_counter_sees_inside_our_operators():
+    q = torch.randn(1, 1, 64, 8)
+    with LiveBytes([q]) as live:
+        out = neighborhood_attention(q, q, q, grid=(8, 8), window=3)
+    assert live.peak > nbytes(out) + nbytes(q)  # the keys that it gathered
+
+
+SETTINGS = {
+    "strided": {"grid": (8, 32, 32), "window": (4, 16, 16), "stride": (2, 8, 8)},
+    "stride 1": {"grid": (8, 32, 32), "window": (5, 13, 13)},
+    "1-D": {"grid": (8192,), "window": 1024, "stride": 256},
+    "text": {"grid": (8, 32, 31), "window": (8, 12, 12), "text_after": [[256, 100]]},
+    "whole": {"grid": (8192,), "window": -1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_forward_and_backward_take_at_most_twice_q_k_v(setting, dtype):
+    """Results included: output and LSE; then the gradients of q, k and v. N x N would be 85 times q, k, v."""
+    tensors = [torch.randn(1, 8192, HEADS, DIM, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    budget = 2 * nbytes(*tensors)
+    with LiveBytes(tensors) as live:
+        out = neighborhood_attention(*tensors, **setting)
+    assert nbytes(out) <= live.peak <= budget
+    forward = live.peak
+    upstream = torch.randn_like(out)
+    with LiveBytes([*tensors, out, upstream]) as live:
+        grads = torch.autograd.grad(out, tensors, upstream)
+    print(f"forward {forward / budget * 2:.2f}, backward {live.peak / budget * 2:.2f} times q, k, v")
+    assert nbytes(*grads) <= live.peak <= budget, f"{live.peak / budget * 2:.2f} times q, k, v"

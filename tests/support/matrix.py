@@ -1,0 +1,36 @@
+"""Method x family, from the registry: a new method or family is tested without a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from attn_plugins import registry
+from attn_plugins.method import Method
+from tests.support.windowed import Windowed
+
+# options that make a method sparse on a tiny grid, and those that make it dense attention; {} where there are none
+SPARSE: dict[str, dict[str, Any]] = {"windowed": {"size": 2}, "gna": {"window": 2, "stride": 1}}
+FULL: dict[str, dict[str, Any]] = {"windowed": {"size": 0}, "gna": {"window": -1}}
+
+FAMILIES = [family.name for family in registry.families() if family.library == "diffusers"]
+METHODS = ["windowed", *(name for name in registry.method_names() if registry.method(name).kind != "module")]
+
+
+def method(name: str) -> Method:
+    return Windowed() if name == "windowed" else registry.method(name)
+
+
+def settings(name: str, full: bool = False) -> dict[str, Any]:
+    """Options and what keeps presets and minimum sizes out of a tiny model."""
+    return {**(FULL if full else SPARSE).get(name, {}), "min_tokens": 0, "dense_steps": 0}
+
+
+def fits(method_name: str, family_name: str) -> bool:
+    """Whether the method is for any kind of attention that the family has."""
+    family = next(row for row in registry.families() if row.name == family_name)
+    return bool({kind for _, kind in family.sites} & method(method_name).sites)
+
+
+PAIRS = [pytest.param(m, f, id=f"{m}-{f}") for f in FAMILIES for m in METHODS if fits(m, f)]
