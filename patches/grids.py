@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, cast
 
 import torch
 
@@ -31,7 +31,7 @@ def argument(root: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
     """The argument `name` of the root's forward, by keyword or by position; None where it was not given."""
     if name in kwargs:
         return kwargs[name]
-    position = _positions(type(root)).get(name)
+    position = _positions(cast(Hashable, type(root))).get(name)
     return args[position] if position is not None and position < len(args) else None
 
 

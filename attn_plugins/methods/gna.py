@@ -58,7 +58,7 @@ class GNAConfig(MethodConfig):
         if self.small_grid not in ("shrink", "error"):
             raise ValueError(f'small_grid={self.small_grid!r}: legal are "shrink" and "error"')
         for name, members in (("per_layer", "layers"), ("per_head", "heads")):
-            rows = tuple(tuple(dict(row).items()) for row in getattr(self, name))
+            rows = tuple(tuple((key, _hashable(v)) for key, v in dict(row).items()) for row in getattr(self, name))
             object.__setattr__(self, name, rows)
             for row in rows:
                 unknown = {key for key, _ in row} - {members, *SETTING}
@@ -108,7 +108,7 @@ class GNAConfig(MethodConfig):
 
     @classmethod
     def halo(cls, block: int, halo: int) -> GNAConfig:
-        """HaloNet (2103.12731): blocks that see themselves and `halo` tokens around (shifted, not padded, at borders)."""
+        """HaloNet (2103.12731): blocks that see `halo` tokens around them too (shifted, not padded, at borders)."""
         return cls(window=block + 2 * halo, stride=block)
 
     @classmethod
@@ -203,6 +203,11 @@ def _processor(config: GNAConfig, causal: bool) -> Processor:
     window = 4096 if config.window is None else config.window
     stride = 1 if config.stride == "auto" else config.stride
     return CausalWindowProcessor(dataclasses.replace(config, window=window, stride=stride))
+
+
+def _hashable(value: Any) -> Any:
+    """Rows may be written with lists; configs key caches."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _text(length: int, valid: Any, batch: int) -> Any:

@@ -40,9 +40,7 @@ class Setting:
         for window in _values(self.window):
             share = isinstance(window, float) and 0 < window <= 1
             if isinstance(window, bool) or not (share or (isinstance(window, int) and (window == -1 or window >= 1))):
-                raise ValueError(
-                    f"window={window!r}: give 1 or more tokens, -1 (the whole axis) or a share in (0, 1]"
-                )
+                raise ValueError(f"window={window!r}: give 1 or more tokens, -1 (the whole axis) or a share in (0, 1]")
         for stride in _values(self.stride):
             if stride != "auto" and (isinstance(stride, bool) or not isinstance(stride, int) or stride < 1):
                 raise ValueError(f'stride={stride!r}: give tokens (1 or more), or "auto"')
@@ -66,30 +64,31 @@ class Setting:
         columns = [_spread(name, getattr(self, name), grid) for name in ("window", "stride", "dilation", "causal")]
         base = None if base_size is None else _spread("base_size", base_size, grid)
         if base is not None and len(grid) == 3 and grid[0] == 1 < base[0]:
-            columns[0] = (-1, -1, -1)
+            columns[0], columns[2] = (-1, -1, -1), (1, 1, 1)
         rows = [
-            _fit_axis(axis, size, *values, grid[axis] / base[axis] if base else 1.0, small_grid, grid)
-            for axis, (size, *values) in enumerate(zip(grid, *columns, strict=True))
+            _fit_axis(axis, grid, window, stride, dilation, grid[axis] / base[axis] if base else 1.0, small_grid)
+            for axis, (window, stride, dilation) in enumerate(zip(*columns[:3], strict=True))
         ]
         window, stride, dilation = zip(*rows, strict=True)
         return Fitted(window, stride, dilation, tuple(bool(causal) for causal in columns[3]))
 
 
 def _fit_axis(
-    axis: int, size: int, window: Any, stride: Any, dilation: int, causal: bool, ratio: float, small: str, grid: Any
+    axis: int, grid: tuple[int, ...], window: Any, stride: Any, dilation: int, ratio: float, small_grid: str
 ) -> tuple[int, int, int]:
+    size = grid[axis]
     whole = window == -1
     if isinstance(window, float):
         window = max(1, round(window * size))
     elif ratio != 1.0 and not whole:
         window = min(max(round(window * ratio), min(2, size)), size)
-        dilation = max(round(dilation * ratio), 1)
-        dilation = min(dilation, max(size // window, 1))
+    if ratio != 1.0:  # a share of the axis scales by itself, a stride or dilation beside it does not
+        dilation = min(max(round(dilation * ratio), 1), size if whole else max(size // window, 1))
         stride = stride if stride == "auto" else max(round(stride * ratio), 1)
     if whole:
         window = max(size // dilation, 1)
     if window * dilation > size:
-        if small == "error":
+        if small_grid == "error":
             raise ValueError(
                 f"window={window} x dilation={dilation} does not fit axis {axis} of grid {grid} ({size} tokens): make "
                 'them smaller, give base_size to have them scaled, or small_grid="shrink"'

@@ -97,8 +97,16 @@ def _axis_work(axis: AxisWindow, tile: int, run: int = 1) -> _AxisWork:
     keys, queries, free = visits.key_hi - visits.key_lo, visits.q.hi - visits.q.lo, visits.whole
     whole = np.maximum(np.minimum(visits.full_hi, visits.hi) - np.maximum(visits.full_lo, visits.lo), 0) * run
     pairs = keys * queries
-    counts = (pairs, np.minimum(whole, keys) * queries, pairs[free], queries, queries[free], keys)
-    return _AxisWork(tile, *(int(count.sum()) for count in counts), visits.q.count)
+    return _AxisWork(
+        tile,
+        pairs=int(pairs.sum()),
+        whole_pairs=int((np.minimum(whole, keys) * queries).sum()),
+        free_pairs=int(pairs[free].sum()),
+        queries=int(queries.sum()),
+        free_queries=int(queries[free].sum()),
+        keys=int(keys.sum()),
+        tiles=visits.q.count,
+    )
 
 
 def _choice(rows: Sequence[_AxisWork], text: int, itemsize: int) -> TileChoice:

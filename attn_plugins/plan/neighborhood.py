@@ -49,10 +49,16 @@ def neighborhood_plan(
     whole = torch.tensor(full, dtype=torch.int32)[None, None]
     text_tokens = np.concatenate([np.arange(start, start + size) for start, size in text] or [np.zeros(0, np.int64)])
     rule = WindowRule(visits, tiles, sequence.text_before, torch.from_numpy(text_tokens))
+    q_start, q_size, kv_start, kv_size = (
+        torch.from_numpy(blocks[:, i].astype(np.int32)) for blocks in (q_blocks, kv_blocks) for i in (0, 1)
+    )
     return BlockPlan(
         sequence.length,
         sequence.length,
-        *(torch.from_numpy(blocks[:, i].astype(np.int32)) for blocks in (q_blocks, kv_blocks) for i in (0, 1)),
+        q_start,
+        q_size,
+        kv_start,
+        kv_size,
         torch.from_numpy(table)[None, None],
         whole,
         count,

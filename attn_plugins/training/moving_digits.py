@@ -92,7 +92,7 @@ def prompt_embeds(pairs: torch.Tensor | Sequence[str] | Sequence[Sequence[int]])
     """
     rows = pairs.tolist() if isinstance(pairs, torch.Tensor) else [list(pair) for pair in pairs]
     try:
-        labels = [[int(digit) for digit in row] for row in rows]
+        labels = [[int(str(digit)) for digit in row] for row in rows]
     except (TypeError, ValueError):
         labels = []
     if not labels or any(len(row) != 2 or min(row) < 0 or max(row) > 9 for row in labels):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from attn_plugins.ops import block_sparse_attention
+from attn_plugins.ops.block_sparse import jobs
+from attn_plugins.ops.block_sparse.jobs import Chunk
 from attn_plugins.ops.block_sparse.reference import masked_attention
 from attn_plugins.plan.block_plan import BlockPlan
 
@@ -85,6 +87,17 @@ def check(plan, mask, tensors, **options):
 def test_random_plans(make, kv_heads, seed):
     plan, mask = make(seed, 3, 4)
     check(plan, mask, inputs(plan, 3, 4, kv_heads, seed))
+
+
+def test_random_bits_whose_tiles_go_in_two_parts(monkeypatch):
+    """Keys that all queries of a block see go without a mask, merged with the rest by LSE: here from 1 key on."""
+    monkeypatch.setattr(jobs, "WHOLE_KEYS", 1)
+    parts = []
+    monkeypatch.setattr(jobs, "Chunk", lambda q, made: parts.append(len(made)) or Chunk(q, made))
+    for seed in range(30):
+        plan, mask = random_bits(seed, 3, 4)
+        check(plan, mask, inputs(plan, 3, 4, 2, seed))
+    assert parts.count(2) > 100
 
 
 @pytest.mark.parametrize("make", [random_lists, random_bits])

@@ -5,8 +5,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.ops import neighborhood_attention
+from attn_plugins.ops.block_sparse import jobs
+from attn_plugins.ops.block_sparse.jobs import Chunk
 from attn_plugins.ops.block_sparse.reference import masked_attention
+from attn_plugins.ops.neighborhood import spec
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask
+from attn_plugins.plan import cost
+from attn_plugins.plan.cost import choose_tiles
+from attn_plugins.plan.neighborhood import cached_neighborhood_plan
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence
 from tests.support.problems import Problem, random_problem
@@ -67,6 +73,24 @@ def test_random_problems(first_case, pytestconfig):
             check(problem, gradients=seed % 2 == 0)
         except Exception as error:
             raise AssertionError(f"case {seed}: {problem}") from error
+
+
+def test_random_problems_whose_tiles_go_in_two_parts(monkeypatch):
+    """Keys that a whole tile sees go without a mask, merged with the rest by LSE: here from 4 keys on, not hundreds."""
+    caches = (choose_tiles, spec._plans_of, cached_neighborhood_plan)
+    monkeypatch.setattr(cost, "WHOLE_KEYS", 4)
+    monkeypatch.setattr(jobs, "WHOLE_KEYS", 4)
+    parts = []
+    monkeypatch.setattr(jobs, "Chunk", lambda q, made: parts.append(len(made)) or Chunk(q, made))
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for seed in range(100):
+            check(random_problem(seed))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert parts.count(2) > 100
 
 
 @pytest.mark.parametrize("seed", range(30))

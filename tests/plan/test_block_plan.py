@@ -92,8 +92,8 @@ def test_a_plan_in_which_no_one_sees_anything():
 @pytest.mark.parametrize(
     ("q_blocks", "kv_blocks", "lists", "named"),
     [
-        ([], [(0, 2)], [], "0 query blocks"),
-        ([(0, 2)], [], [[]], "0 KV blocks"),
+        ([], [(0, 2)], [], "0 query and 1 KV blocks"),
+        ([(0, 2)], [], [[]], "1 query and 0 KV blocks"),
         ([(0, 2), (1, 2)], [(0, 2)], [[0], [0]], "query blocks overlap"),
         ([(0, 2)], [(0, 2)], [[1]], r"query block 0 lists \[1\]"),
         ([(0, 2)], [(0, 2)], [[-1]], r"query block 0 lists \[-1\]"),

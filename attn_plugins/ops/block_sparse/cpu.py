@@ -26,7 +26,7 @@ def forward(
     out = torch.zeros_like(q) if _leaves_rows(plan) else torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    for chunk, b, kv, heads in _work(q, k, plan):
+    for chunk, b, kv, heads in _work(q, k, plan, range(k.shape[1])):
         keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
         for h in heads:
             tiles = chunk.q.read(q[b, h])
@@ -59,40 +59,71 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, in their own layouts. Chunks come in one fixed order: the same call gives the same bits."""
     grad_q = torch.zeros_like(q) if _leaves_rows(plan) else torch.empty_like(q)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grad_k, grad_v = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-    for chunk, b, kv, heads in _work(q, k, plan):
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    # Half precision is summed in float32, a few heads at a time, so that the sums take no more memory than k and v.
+    narrow = q.element_size() < 4
+    for some in torch.arange(k.shape[1]).split(max(1, k.shape[1] // 4) if narrow else k.shape[1]):
+        heads = range(int(some[0]), int(some[-1]) + 1)
+        mine = slice(heads.start, heads.stop)
+        sums = [t[:, mine].float() if narrow else t[:, mine] for t in (grad_k, grad_v)]
+        _backward_heads(grad_out, grad_lse, q, k, v, out, lse, grad_q, sums, heads, plan, scale)
+        if narrow:
+            grad_k[:, mine], grad_v[:, mine] = sums
+    return grad_q, grad_k, grad_v
+
+
+def _backward_heads(  # type: ignore[no-untyped-def]
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    grad_q,
+    sums: list[torch.Tensor],
+    kv_heads: range,
+    plan: BlockPlan,
+    scale: float,
+) -> None:
+    """Of some KV heads: q's gradient goes to `grad_q`, k's and v's are added to `sums` (B, len(kv_heads), N, D)."""
+    for chunk, b, kv, heads in _work(q, k, plan, kv_heads):
         keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
         for h in heads:
-            rows = [None if t is None else chunk.q.read(t[b, h]) for t in (grad_out, grad_lse, q, out, lse)]
+            tiles, tile_grad, tile_out, tile_lse = (chunk.q.read(t[b, h]) for t in (q, grad_out, out, lse))
+            tile_grad_lse = None if grad_lse is None else chunk.q.read(grad_lse[b, h])
             tile_grad_q = None
             for (tile_k, tile_v), part in zip(keys, chunk.parts, strict=True):
-                # With the LSE over all parts, each part's gradient is its share of the whole. delta belongs to all keys
-                # at once, so grad_lse is given to each part.
-                grads = attend_backward(*rows[:3], tile_k, tile_v, *rows[3:], part.bias, scale)  # type: ignore[arg-type]
+                # Output and LSE are those of all parts together: each part then gives its share of the gradients.
+                grads = attend_backward(
+                    tile_grad, tile_grad_lse, tiles, tile_k, tile_v, tile_out, tile_lse, part.bias, scale
+                )
                 tile_grad_q = grads[0] if tile_grad_q is None else tile_grad_q + grads[0]
-                part.keys.add(grad_k[b, kv], grads[1])
-                part.keys.add(grad_v[b, kv], grads[2])
+                part.keys.add(sums[0][b, kv - kv_heads.start], grads[1])
+                part.keys.add(sums[1][b, kv - kv_heads.start], grads[2])
             assert tile_grad_q is not None  # a chunk has at least one part
             chunk.q.write(grad_q[b, h], tile_grad_q)
-    return grad_q, *(torch.empty_like(t).copy_(grad) for grad, t in ((grad_k, k), (grad_v, v)))
 
 
-def _work(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> Iterator[tuple[Chunk, int, int, range]]:
+def _work(
+    q: torch.Tensor, k: torch.Tensor, plan: BlockPlan, kv_heads: range
+) -> Iterator[tuple[Chunk, int, int, range]]:
     """(chunk, batch item, KV head, query heads): keys are gathered once for the query heads of a group."""
-    batch, kv_heads, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    batch, group = q.shape[0], q.shape[1] // k.shape[1]
     threads = torch.get_num_threads() if q.device.type == "cpu" else 16
     longest = threads * CHUNK_BYTES // (2 * q.shape[-1] * q.element_size())
     for item in range(plan.batch):
         items = range(batch) if plan.batch == 1 else (item,)
         for head in range(plan.heads):
+            if plan.heads > 1 and head // group not in kv_heads:
+                continue
             for chunk in plan_chunks(plan, item, head, longest, q.dtype):
                 chunk = chunk.to(q.device)
                 for b in items:
                     if plan.heads > 1:
                         yield chunk, b, head // group, range(head, head + 1)
                         continue
-                    for kv in range(kv_heads):
+                    for kv in kv_heads:
                         yield chunk, b, kv, range(kv * group, (kv + 1) * group)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
@@ -30,13 +32,14 @@ def dense_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v for gradients of the output and (or None) the LSE."""
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
-    kv_heads = k.shape[1]
-    for b in range(q.shape[0]):
-        tiles = _grouped(q[b], k[b], v[b])
-        rows = [None if t is None else t[b].unflatten(0, (kv_heads, -1)) for t in (grad_out, grad_lse, out, lse)]
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    step = kv_heads if grad_lse is None else 1  # a gradient of the LSE needs wider copies: of one KV head at a time
+    for b, first in itertools.product(range(q.shape[0]), range(0, kv_heads, step)):
+        kv, heads = slice(first, first + step), slice(first * group, (first + step) * group)
+        tiles = _grouped(q[b, heads], k[b, kv], v[b, kv])
+        rows = [None if t is None else t[b, heads].unflatten(0, (step, -1)) for t in (grad_out, grad_lse, out, lse)]
         dq, dk, dv = attend_backward(rows[0], rows[1], *tiles, rows[2], rows[3], None, scale)  # type: ignore[arg-type]
-        for whole, part in zip(grads, (dq.flatten(0, 1), dk.sum(1), dv.sum(1)), strict=True):
-            whole[b] = part
+        grads[0][b, heads], grads[1][b, kv], grads[2][b, kv] = dq.flatten(0, 1), dk.sum(1), dv.sum(1)
     return grads  # type: ignore[return-value]
 
 

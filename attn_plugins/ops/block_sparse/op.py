@@ -49,8 +49,8 @@ def register_sparse_op(name: str, plans_of: PlansOf, keep: Callable[[Sequence[in
         grads = tuple(torch.empty_like(t) for t in (q, k, v))
         for items, plan in parts:
             part_lse = None if grad_lse is None else grad_lse[items]
-            tensors = (t[items] for t in (q, k, v, out, lse))
-            for whole, part in zip(grads, _backward(grad_out[items], part_lse, *tensors, plan, scale), strict=True):
+            mine = (q[items], k[items], v[items], out[items], lse[items])
+            for whole, part in zip(grads, _backward(grad_out[items], part_lse, *mine, plan, scale), strict=True):
                 whole[items] = part
         return grads
 
