@@ -58,12 +58,15 @@ class GNAConfig(MethodConfig):
         if self.small_grid not in ("shrink", "error"):
             raise ValueError(f'small_grid={self.small_grid!r}: legal are "shrink" and "error"')
         for name, members in (("per_layer", "layers"), ("per_head", "heads")):
-            rows = tuple(tuple((key, _hashable(v)) for key, v in dict(row).items()) for row in getattr(self, name))
+            given = [{key: _hashable(value) for key, value in dict(row).items()} for row in getattr(self, name)]
+            rows = tuple(tuple(sorted(row.items())) for row in given)  # equal rows are equal in whatever order
             object.__setattr__(self, name, rows)
             for row in rows:
                 unknown = {key for key, _ in row} - {members, *SETTING}
                 if unknown or members not in dict(row):
                     raise ValueError(f"{name}: a row has {members!r} and any of {', '.join(SETTING)}; got {dict(row)}")
+                if not isinstance(dict(row)[members], tuple):
+                    raise ValueError(f"{name}: {members!r} is a list of numbers; got {dict(row)[members]!r}")
                 self._setting(row)
         self._setting(())
 
@@ -165,17 +168,19 @@ class GNAProcessor(Processor):
         fitted = self.config.fit(sequence.grid, heads)
         one = fitted[head if len(fitted) > 1 else 0]
         axes = axis_windows(sequence.grid, one.window, one.stride, one.dilation, one.causal)
-        tiles = choose_tiles(axes, sequence.length - sequence.tokens, itemsize)
+        tiles = choose_tiles(axes, _real_text(sequence), itemsize)
         return cached_neighborhood_plan(sequence, axes, tiles.q_tile, tiles.kv_tile)
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense (query, key) pairs that a block plan of well-chosen tiles computes, text included."""
-        text = sequence.length - sequence.tokens
-        shares = []
         heads = 1 + max((head for row in self.config.per_head for head in dict(row)["heads"]), default=0)
+        shares = []
         for one in self.config.fit(sequence.grid, heads):
             axes = axis_windows(sequence.grid, one.window, one.stride, one.dilation, one.causal)
-            shares.append((choose_tiles(axes, text).pairs + text * sequence.length) / sequence.length**2)
+            for item in range(sequence.batch or 1):
+                text = _real_text(sequence.item(item))
+                pairs = choose_tiles(axes, text).pairs + text * (text + sequence.tokens)
+                shares.append(pairs / sequence.length**2)
         return sum(shares) / len(shares)
 
 
@@ -208,6 +213,11 @@ def _processor(config: GNAConfig, causal: bool) -> Processor:
 def _hashable(value: Any) -> Any:
     """Rows may be written with lists; configs key caches."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _real_text(sequence: Sequence) -> int:
+    assert isinstance(sequence.valid_before, int) and isinstance(sequence.valid_after, int)
+    return sequence.valid_before + sequence.valid_after
 
 
 def _text(length: int, valid: Any, batch: int) -> Any:

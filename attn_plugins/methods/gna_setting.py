@@ -82,9 +82,10 @@ def _fit_axis(
         window = max(1, round(window * size))
     elif ratio != 1.0 and not whole:
         window = min(max(round(window * ratio), min(2, size)), size)
-    if ratio != 1.0:  # a share of the axis scales by itself, a stride or dilation beside it does not
-        dilation = min(max(round(dilation * ratio), 1), size if whole else max(size // window, 1))
-        stride = stride if stride == "auto" else max(round(stride * ratio), 1)
+        dilation = max(round(dilation * ratio), 1)
+        dilation = min(dilation, max(size // window, 1))
+    if ratio != 1.0 and stride != "auto":  # also beside a share of the axis, which scales by itself
+        stride = max(round(stride * ratio), 1)
     if whole:
         window = max(size // dilation, 1)
     if window * dilation > size:

@@ -33,7 +33,10 @@ def random_lists(seed, batch, heads):
     q_blocks, kv_blocks = cuts(dice, q_length, 9), cuts(dice, kv_length, 9)
     shape = dice.choice([(1, 1), (1, heads), (batch, 1), (batch, heads)])
     lists = [
-        [[dice.sample(range(len(kv_blocks)), dice.randint(0, len(kv_blocks))) for _ in q_blocks] for _ in range(shape[1])]
+        [
+            [dice.sample(range(len(kv_blocks)), dice.randint(0, len(kv_blocks))) for _ in q_blocks]
+            for _ in range(shape[1])
+        ]
         for _ in range(shape[0])
     ]
     mask = torch.zeros(*shape, q_length, kv_length, dtype=torch.bool)
@@ -64,7 +67,7 @@ def inputs(plan, batch, heads, kv_heads, seed=0):
 
 
 def results(attend, tensors):
-    """out, lse and gradients of q, k, v; rows that see nothing have a gradient of their LSE too, which must be ignored."""
+    """out, lse and the gradients of q, k, v. Rows that see nothing are given a gradient too, which must be ignored."""
     tensors = [t.detach().requires_grad_() for t in tensors]
     out, lse = attend(*tensors)
     rng = torch.Generator().manual_seed(5)
@@ -172,7 +175,10 @@ def test_only_the_lse_is_differentiated():
     plan, mask = random_lists(1, 2, 2)
     tensors = [t.requires_grad_() for t in inputs(plan, 2, 2, 2)]
     grads = []
-    for attend in (lambda *t: block_sparse_attention(*t, plan, return_lse=True), lambda *t: masked_attention(*t, mask, 8**-0.5)):
+    for attend in (
+        lambda *t: block_sparse_attention(*t, plan, return_lse=True),
+        lambda *t: masked_attention(*t, mask, 8**-0.5),
+    ):
         _, lse = attend(*tensors)
         grads.append(torch.autograd.grad(lse.masked_fill(lse.isneginf(), 0).sum(), tensors, materialize_grads=True))
     torch.testing.assert_close(*grads, rtol=0, atol=1e-11)

@@ -63,6 +63,13 @@ def test_what_holds_no_key_has_no_say():
     assert (grads[0][0] == 1).all() and not grads[1].isnan().any()
 
 
+def test_where_no_set_has_a_key_the_result_is_zero_whatever_the_outputs_hold():
+    outputs = [torch.ones(1, 1, 4, 8, requires_grad=True) for _ in range(2)]
+    merged, lse = merge_attention_states(outputs, [torch.full((1, 1, 4), float("-inf"))] * 2)
+    assert (merged == 0).all() and lse.isneginf().all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(merged.sum(), outputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_merged_in_float32(dtype):
     outputs = [torch.randn(1, 1, 4, 8).to(dtype) for _ in range(2)]

@@ -57,7 +57,9 @@ def check(problem, gradients=True):
     upstream = None
     if gradients:
         rng = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in (problem.q.shape, problem.q.shape[:3])]
+        upstream = [
+            torch.randn(shape, generator=rng, dtype=torch.float64) for shape in (problem.q.shape, problem.q.shape[:3])
+        ]
     scale = problem.q.shape[-1] ** -0.5
     ours = run(lambda *qkv: neighborhood_attention(*qkv, **problem.options, return_lse=True), tensors, upstream)
     exact = run(lambda *qkv: masked_attention(*qkv, mask, scale), tensors, upstream)
@@ -152,7 +154,9 @@ def test_a_window_of_the_grid_is_dense_attention(grid, text, stride):
     q = torch.randn(2, 4, tokens, 16, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, tokens, 16, dtype=torch.float64)
     for window in (grid, -1):
-        out = neighborhood_attention(q, k, v, grid=grid, window=window, stride=stride, text_before=before, text_after=after)
+        out = neighborhood_attention(
+            q, k, v, grid=grid, window=window, stride=stride, text_before=before, text_after=after
+        )
         dense = scaled_dot_product_attention(q, k, v, enable_gqa=True)
         torch.testing.assert_close(out, dense, rtol=0, atol=ROUNDING)
 

@@ -1,4 +1,4 @@
-"""What neighborhood attention promises beside its numbers: layout, batches, repetition, padding, memory it did not fill."""
+"""What neighborhood attention promises beside its numbers: layout, batches, repetition, padding, unfilled memory."""
 
 import contextlib
 import sys
@@ -36,7 +36,11 @@ def test_a_batch_gives_what_its_items_give_alone(seed, dtype):
     q, k, v, options = problem.q, problem.k, problem.v, problem.options
     whole = neighborhood_attention(q, k, v, **options, return_lse=True)
     for b in range(len(q)):
-        one = {name: value if isinstance(value, int) else value[b : b + 1] for name, value in options.items() if "text" in name}
+        one = {
+            name: value if isinstance(value, int) else value[b : b + 1]
+            for name, value in options.items()
+            if "text" in name
+        }
         alone = neighborhood_attention(*(t[b : b + 1] for t in (q, k, v)), **{**options, **one}, return_lse=True)
         assert all(torch.equal(a[b : b + 1], c) for a, c in zip(whole, alone, strict=True))
 
@@ -65,8 +69,13 @@ def test_any_strides(kind, window):
         return out, lse, *torch.autograd.grad((out, lse.masked_fill(lse.isinf(), 0.0)), tensors, upstream)
 
     for steps in (0, 1):  # the gradient of a sum is one number seen everywhere; else it has a layout like q's
-        grad_out = torch.ones((), dtype=q.dtype).expand(q.shape) if steps == 0 else torch.empty_like(q).normal_(generator=rng)
-        for grad_lse in (torch.zeros(q.shape[:3], dtype=q.dtype), torch.randn(q.shape[:3], dtype=q.dtype, generator=rng)):
+        grad_out = (
+            torch.ones((), dtype=q.dtype).expand(q.shape) if steps == 0 else torch.empty_like(q).normal_(generator=rng)
+        )
+        for grad_lse in (
+            torch.zeros(q.shape[:3], dtype=q.dtype),
+            torch.randn(q.shape[:3], dtype=q.dtype, generator=rng),
+        ):
             found = attend((q, k, v), (grad_out, grad_lse))
             plain = attend([t.contiguous() for t in (q, k, v)], (grad_out.contiguous(), grad_lse))
             torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)

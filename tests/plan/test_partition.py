@@ -11,7 +11,9 @@ from attn_plugins.plan.windows import AxisWindow
 from tests.support.rule import axis_table, legal_axes
 
 
-@pytest.mark.parametrize(("size", "tile", "dilation"), [(1, 1, 1), (7, 3, 1), (8, 4, 2), (11, 2, 3), (5, 9, 1), (9, 2, 9)])
+@pytest.mark.parametrize(
+    ("size", "tile", "dilation"), [(1, 1, 1), (7, 3, 1), (8, 4, 2), (11, 2, 3), (5, 9, 1), (9, 2, 9)]
+)
 def test_axis_tiles_hold_each_token_once_and_stay_in_their_class(size, tile, dilation):
     tiles = AxisTiles(size, tile, dilation)
     coordinates, place = tiles.placed
@@ -59,7 +61,9 @@ def test_visits_equal_the_mask_for_every_axis_up_to_9():
                 assert visits.whole[g] == (seen == whole)
 
 
-@pytest.mark.parametrize(("window", "tile"), [(AxisWindow(13, 4, 2), 3), (AxisWindow(11, 3, 2, 3), 2), (AxisWindow(9, 5), 9)])
+@pytest.mark.parametrize(
+    ("window", "tile"), [(AxisWindow(13, 4, 2), 3), (AxisWindow(11, 3, 2, 3), 2), (AxisWindow(9, 5), 9)]
+)
 def test_masks_are_the_rows_of_the_rule(window, tile):
     mask = axis_table(window.size, window.window, window.stride, window.dilation, window.causal).numpy()
     visits = axis_visits(window, tile, 2)

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None) -> torch.Tensor:
     """PyTorch's masked attention, by the kernel that it chooses; rows that see nothing give 0."""
     empty = ~mask.any(-1, keepdim=True)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # with enable_gqa it has fewer kernels
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask | empty, scale=scale).masked_fill(empty, 0.0)
 
 
@@ -24,6 +24,6 @@ def allowance(theirs: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def within(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Whether `ours` is as good as the rule asks; `exact` is the float64 result, `theirs` PyTorch's in our precision."""
+    """Whether `ours` is as good as the rule asks; `exact` is in float64, `theirs` is PyTorch's in our precision."""
     assert ours.dtype == theirs.dtype and ours.shape == exact.shape
     return bool((ours.double() - exact).abs().max().item() <= allowance(theirs, exact))
