@@ -83,20 +83,20 @@ def test_the_asset_is_small_and_stock(pipe):
 @torch.inference_mode()
 def test_the_model_has_learned_digits_and_their_names(pipe):
     """One denoising step on unseen digits: far better than knowing nothing, and better with the right names."""
-    video, labels = data.moving_digits(12, 4, generator=seeded(3), split="test")
-    noise = torch.randn(video.shape, generator=seeded(4))
+    video, labels = data.moving_digits(8, 4, generator=seeded(3), split="test")
+    noise, s = torch.randn(video.shape, generator=seeded(4)), 0.8
+    noisy, time, target = (1 - s) * video + s * noise, torch.full((len(video),), 1000 * s), noise - video
 
-    def error(prompts: torch.Tensor, s: float) -> float:
-        time = torch.full((len(video),), 1000 * s)
-        flow = pipe.transformer((1 - s) * video + s * noise, time, prompts, return_dict=False)[0]
-        return (flow - (noise - video)).square().mean().item()
+    def error(prompts: torch.Tensor) -> float:
+        flow = pipe.transformer(noisy, time, prompts, return_dict=False)[0]
+        return (flow - target).square().mean().item()
 
-    right, wrong = data.prompt_embeds(labels), data.prompt_embeds((labels + 5) % 10)
-    # predicting 0 costs the mean square of the target
-    assert error(right, 0.7) < 0.15 * (noise - video).square().mean().item()
-    # the mean video is the best guess of a model that sees the noise level only: it recovers the noise but no digit
-    assert error(right, 0.7) < 0.5 * (video - video.mean(dim=(0, 2), keepdim=True)).square().mean().item() / 0.7**2
-    assert error(right, 0.9) < 0.95 * error(wrong, 0.9)
+    right, wrong = error(data.prompt_embeds(labels)), error(data.prompt_embeds((labels + 5) % 10))
+    # a model that has learned the average frame only: its flow is off by (its error in the video) / s
+    average = (video - video.mean(dim=(0, 2), keepdim=True)).square().mean().item() / s**2
+    assert right < 0.1 * target.square().mean().item()  # against predicting zero
+    assert right < 0.55 * average
+    assert right < 0.8 * wrong
 
 
 @torch.inference_mode()

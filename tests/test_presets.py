@@ -139,7 +139,7 @@ def test_resolve_prefers_the_resolution_of_the_size():
     assert presets.resolve("gna", "wan", WAN_SMALL).name == "wan_480p"
     assert presets.resolve("gna", "wan", WAN_LARGE).name == "wan_720p"
     assert presets.resolve("gna", "wan", WAN_LARGE, preset="wan_480p").name == "wan_480p"
-    assert presets.resolve("gna", "wan", DIGITS, "fast").options["window"] == [6, 10, 10]
+    assert presets.resolve("gna", "wan", DIGITS, "fast").options["stride"] == [4, 16, 16]
     assert presets.resolve("gna", "wan", DIGITS, "fast").options["base_size"] == [16, 16, 16]
 
 
