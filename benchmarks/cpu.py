@@ -117,6 +117,8 @@ def natten_side(problem: Problem, *qkv: torch.Tensor) -> Callable[[], torch.Tens
     """NATTEN's own operator, (B, *grid, H, D); on a CPU it runs flex attention."""
     import natten
 
+    if problem.tokens > 4096:
+        raise ValueError("on a CPU it makes all N x N scores: seconds a call from here on")
     torch._dynamo.reset()
     tensors = [t.detach().transpose(1, 2).unflatten(1, problem.grid).contiguous() for t in qkv]
     run = getattr(natten, f"na{len(problem.grid)}d")
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dims", nargs="*", type=int, default=None)
     parser.add_argument("--kinds", nargs="*", default=["aligned", "stride1", "dense"])
     parser.add_argument("--directions", nargs="*", default=["fwd", "fwd+bwd"])
+    parser.add_argument("--tokens", nargs=2, type=int, default=[0, 1 << 30], help="least and most tokens")
     parser.add_argument("--no-peers", action="store_true")
     arguments = parser.parse_args()
     dims = arguments.dims or ([64] if arguments.quick else [64, 128])
@@ -175,7 +178,7 @@ def main() -> None:
         for dim in dims
         for direction in arguments.directions
         for problem in (QUICK if arguments.quick else PROBLEMS)
-        if problem.kind in arguments.kinds
+        if problem.kind in arguments.kinds and arguments.tokens[0] <= problem.tokens <= arguments.tokens[1]
     ]
     about = machine.describe()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--lr", type=float, default=3e-3)
-    add("--compile", action="store_true", help="a third faster after a minute of compiling per stage; needs a compiler")
+    add("--compile", action="store_true", help="torch.compile each stage: faster on short videos after a minute; needs a C++ compiler")
     return parser.parse_args()
 
 

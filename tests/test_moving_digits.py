@@ -95,8 +95,8 @@ def test_the_model_has_learned_digits_and_their_names(pipe):
     # a model that has learned the average frame only: its flow is off by (its error in the video) / s
     average = (video - video.mean(dim=(0, 2), keepdim=True)).square().mean().item() / s**2
     assert right < 0.1 * target.square().mean().item()  # against predicting zero
-    assert right < 0.55 * average
-    assert right < 0.8 * wrong
+    assert right < 0.65 * average
+    assert right < 0.85 * wrong
 
 
 @torch.inference_mode()

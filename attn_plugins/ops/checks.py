@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -21,8 +22,9 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"{shapes}: k and v have one shape, and share batch and head_dim with q")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} KV heads")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: they need one floating dtype; cast them alike")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        legal = ", ".join(str(dtype)[6:] for dtype in DTYPES)
+        raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype of {legal}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them to one device")
 
