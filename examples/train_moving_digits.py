@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--lr", type=float, default=3e-3)
-    add("--compile", action="store_true", help="torch.compile each stage: faster on short videos after a minute; needs a C++ compiler")
+    add("--compile", action="store_true", help="torch.compile: faster on short videos; needs a compiler")
     return parser.parse_args()
 
 
