@@ -24,7 +24,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"{shapes}: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} KV heads")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         legal = ", ".join(str(dtype)[6:] for dtype in DTYPES)
-        raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype of {legal}")
+        raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one floating dtype: {legal}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them to one device")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_plugins.plan.rules import BitRule, MaskRule
+from attn_plugins.sequence import Sequence
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -123,6 +124,38 @@ class BlockPlan:
         q_columns, kv_columns = (torch.tensor(list(blocks), dtype=torch.int32).T for blocks in (q_blocks, kv_blocks))
         q_start, q_size, kv_start, kv_size = (t.contiguous() for t in (*q_columns, *kv_columns))
         return cls(q_length, kv_length, q_start, q_size, kv_start, kv_size, table, count, count)
+
+    @classmethod
+    def from_windows(
+        cls,
+        sequence: Sequence,
+        window: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        dilation: int | tuple[int, ...] = 1,
+        causal: bool | tuple[bool, ...] = False,
+        *,
+        q_tile: tuple[int, ...] | None = None,
+        kv_tile: tuple[int, ...] | None = None,
+    ) -> BlockPlan:
+        """The plan of generalized neighborhood attention (arXiv 2504.16922) over a grid with text.
+
+        Args:
+            sequence: with plain ints for its valid lengths (`Sequence.item` of one that differs by batch item).
+            window, stride, dilation, causal: one value, or one per axis; as in `ops.neighborhood_attention`.
+            q_tile, kv_tile: tokens per axis of the query and KV blocks; None: what the cost model chooses for a CPU.
+
+        Raises:
+            ValueError: an illegal setting, or valid lengths that differ by batch item.
+        """
+        from attn_plugins.plan.cost import choose_tiles
+        from attn_plugins.plan.neighborhood import neighborhood_plan
+        from attn_plugins.plan.windows import axis_windows
+
+        if sequence.batch is not None:
+            raise ValueError("valid text lengths differ by batch item: make one plan for each, from sequence.item(b)")
+        axes = axis_windows(sequence.grid, window, stride, dilation, causal)
+        tiles = choose_tiles(axes, sequence.length - sequence.tokens)
+        return neighborhood_plan(sequence, axes, q_tile or tiles.q_tile, kv_tile or tiles.kv_tile)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, q_block: int, kv_block: int) -> BlockPlan:

@@ -9,6 +9,8 @@ import tracemalloc
 import pytest
 import torch
 
+from attn_plugins.ops.neighborhood.reference import neighborhood_mask
+from attn_plugins.plan import BlockPlan
 from attn_plugins.plan.cost import choose_tiles
 from attn_plugins.plan.neighborhood import neighborhood_plan
 from attn_plugins.plan.windows import axis_windows
@@ -111,3 +113,14 @@ def test_a_plan_of_115200_tokens_is_small(stride):
     print(f"stride {stride}: tiles {tiles.q_tile}, {seconds:.2f} s while traced, {memory:.1f} MB")
     assert plan.q_length == 115_200 and plan.density >= math.prod(WINDOW) / plan.q_length
     assert memory < 50
+
+
+def test_from_windows_is_the_plan_of_the_rule():
+    sequence = Sequence((5, 8), 2, 3, None, 1)
+    axes = axis_windows(sequence.grid, (3, 4), (1, 2))
+    want = neighborhood_mask(sequence, axes)
+    for tiles in ({}, {"q_tile": (2, 3), "kv_tile": (2, 2)}):
+        plan = BlockPlan.from_windows(sequence, (3, 4), (1, 2), **tiles)
+        assert torch.equal(plan.to_mask()[0, 0], want)
+    with pytest.raises(ValueError, match="one plan for each"):
+        BlockPlan.from_windows(Sequence((5, 8), 2, 0, (1, 2)), 3)
