@@ -93,7 +93,9 @@ def _keeping(made: Iterable[Chunk], kept: dict[Hashable, list[Chunk]], key: Hash
             fresh = [t for t in tensors if t is not None and id(t) not in shared]
             shared |= {id(t) for t in fresh}
             size += sum(t.numel() * t.element_size() for t in fresh)
-            chunks = [*chunks, chunk] if size <= KEPT_BYTES else None
+            chunks.append(chunk)
+            if size > KEPT_BYTES:
+                chunks = None
         yield chunk
     if chunks is not None:
         kept[key] = chunks
@@ -120,7 +122,7 @@ def _chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype
 def _split(mask: torch.Tensor) -> list[torch.Tensor]:
     """The columns of a tile's mask: those that all queries see, if they are many, and the rest."""
     whole = mask.all(0)
-    if int(whole.sum()) < WHOLE_KEYS:
+    if int(whole.sum()) < WHOLE_KEYS or bool(whole.all()):
         return [torch.arange(mask.shape[1])]
     return [torch.nonzero(whole)[:, 0], torch.nonzero(~whole)[:, 0]]
 
