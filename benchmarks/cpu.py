@@ -155,8 +155,9 @@ def _with_backward(run: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, 
     return both
 
 
-def _text(values: tuple[int, ...]) -> str:
-    return "x".join(map(str, values))
+def _text(values: tuple[int | tuple[int, ...], ...]) -> str:
+    """16x16x16; tiles of different lengths along an axis as 16+1+15."""
+    return "x".join("+".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
 
 
 def main() -> None:

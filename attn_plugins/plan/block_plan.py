@@ -22,6 +22,8 @@ from attn_plugins.sequence import Sequence
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from attn_plugins.plan.partition import Tile
+
 _serial = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
 _plans_lock = threading.Lock()
@@ -134,7 +136,7 @@ class BlockPlan:
         dilation: int | tuple[int, ...] = 1,
         causal: bool | tuple[bool, ...] = False,
         *,
-        q_tile: tuple[int, ...] | None = None,
+        q_tile: tuple[Tile, ...] | None = None,
         kv_tile: tuple[int, ...] | None = None,
     ) -> BlockPlan:
         """The plan of generalized neighborhood attention (arXiv 2504.16922) over a grid with text.
@@ -142,7 +144,8 @@ class BlockPlan:
         Args:
             sequence: with plain ints for its valid lengths (`Sequence.item` of one that differs by batch item).
             window, stride, dilation, causal: one value, or one per axis; as in `ops.neighborhood_attention`.
-            q_tile, kv_tile: tokens per axis of the query and KV blocks; None: what the cost model chooses for a CPU.
+            q_tile, kv_tile: tokens per axis of the query and KV blocks (for queries also a tuple: the tokens of each
+                tile of the axis); None: what the cost model chooses for a CPU.
 
         Raises:
             ValueError: an illegal setting, or valid lengths that differ by batch item.

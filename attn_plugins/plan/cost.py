@@ -1,8 +1,9 @@
-"""Which tile a CPU plan should have: a cost model, not autotuning.
+"""Which tiles a CPU plan should have: a cost model, not autotuning.
 
-A tile of T queries that gathers E keys costs about `E * (m * T + g)`: `m` is 1 without a mask and MASKED with one, `g`
-is what fetching and packing a key costs, in (query, key) pairs; it is higher in half precision, where a pair costs
-less. `benchmarks/cpu_primitives.py` measures both; the choice is flat around its optimum.
+A tile of T queries that gathers E keys costs `E * (T * (slice(T) + masked) + gather)`, and every kind of tile a call.
+The kernel works in slices of the queries that grow with T; a mask costs a little on top; fetching and packing a key
+costs as much as some (query, key) pairs, more in half precision, where a pair costs less.
+`benchmarks/cpu_primitives.py` measures all of these; the choice is flat around its optimum.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from attn_plugins.plan.partition import axis_visits
-from attn_plugins.plan.windows import AxisWindow
+from attn_plugins.plan.cuts import cut_axis
+from attn_plugins.plan.partition import Tile, axis_visits
+from attn_plugins.plan.windows import AxisWindow, Ints
 
-MASKED = 1.2
-GATHER = {2: 120.0, 4: 60.0, 8: 40.0}  # by bytes an element
+SLICES = ((768, 1.02), (192, 1.15), (0, 1.47))  # cost of a pair in tiles of at least so many queries
+# By bytes an element, in pairs of large tiles without a mask:
+MASKED = {2: 0.2, 4: 0.09, 8: 0.05}  # of a pair under a mask, besides
+GATHER = {2: 50.0, 4: 25.0, 8: 15.0}  # of a key fetched
+CALL = {2: 250_000.0, 4: 90_000.0, 8: 50_000.0}  # of an attention call
+REMADE = {2: 5.0, 4: 2.5, 8: 1.5}  # of an entry of a mask that is made anew in every run, spread over a few heads
+CHUNK_KEYS = {2: 8192, 4: 4096, 8: 2048}  # gathered in one call, if a tile does not need more
+HEADS = 4  # that go in one call where it is small
+UNEVEN = 0.95  # tiles of different lengths must promise this much: what they cost besides is less well known
+KEPT_BYTES = 32 << 20  # of token numbers and masks that a plan may keep; beyond that they are made anew in each call
 WHOLE_KEYS = 512  # from so many keys of a tile that no query has masked, they go without a mask, in a call of their own
 MAX_TILE = 4096
 MASK_SHARE = 128  # mask entries a tile may have, per token of the grid: a mask stays smaller than q, k, v
@@ -31,20 +42,39 @@ MAX_LIST_ENTRIES = 4_000_000
 class TileChoice:
     """The tiles, and the work they make, in (query, key) pairs of one head.
 
-    `pairs`: visited; `masked`: those of them under a mask; `gathered`: keys fetched, summed over the query tiles.
+    `pairs`: visited; `sliced`: the same, each at its tile's cost; `masked`: those under a mask; `gathered`: keys
+    fetched, summed over the query tiles; `tiles`, `kinds`: query tiles, and how many of them differ and cannot share a call.
     """
 
-    q_tile: tuple[int, ...]
+    q_tile: tuple[Tile, ...]
     kv_tile: tuple[int, ...]
     pairs: float
+    sliced: float
     masked: float
     gathered: float
+    tiles: int
+    kinds: int
     itemsize: int = 4
+
+    @property
+    def uneven(self) -> bool:
+        """Whether tiles of an axis differ in length by more than a remainder."""
+        return any(isinstance(tile, tuple) for tile in self.q_tile)
 
     @property
     def cost(self) -> float:
         """What the operator should cost, in mask-free pairs of large tiles; dense attention costs N * N."""
-        return self.pairs + (MASKED - 1) * self.masked + GATHER[self.itemsize] * self.gathered
+        size = self.itemsize
+        together = max(1, CHUNK_KEYS[size] * self.tiles // self.gathered)
+        entries = self.masked / self.tiles * self.kinds
+        remade = REMADE[size] * entries if entries * size + 8 * self.gathered > KEPT_BYTES else 0.0
+        return (
+            self.sliced
+            + MASKED[size] * self.masked
+            + GATHER[size] * self.gathered
+            + CALL[size] * max(self.kinds / HEADS, self.tiles / together)
+            + remade
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -60,13 +90,15 @@ def choose_tiles(axes: tuple[AxisWindow, ...], text: int = 0, itemsize: int = 4)
     columns = [[_axis_work(axis, tile) for tile in _candidates(axis)] for axis in axes]
     best: TileChoice | None = None
     for rows in itertools.product(*columns):
-        area = math.prod(row.tile for row in rows)
+        area = math.prod(row.largest for row in rows)
         if area > MAX_TILE:
+            continue
+        if best is not None and math.prod(row.pairs for row in rows) > best.cost:
             continue
         choice = _choice(rows, text, itemsize)
         if choice.masked and area * max(choice.masked, choice.pairs / 4) > MASK_SHARE * tokens**2:
             continue  # on average over the tiles: a bias only where it is needed, but made from a bool of all pairs
-        if best is None or choice.cost < best.cost:
+        if best is None or choice.cost < best.cost * (UNEVEN if choice.uneven > best.uneven else 1):
             best = choice
     assert best is not None  # tile 1 on every axis is always a candidate
     run = _key_run(axes[-1], best)
@@ -78,9 +110,13 @@ def choose_tiles(axes: tuple[AxisWindow, ...], text: int = 0, itemsize: int = 4)
 
 
 class _AxisWork(NamedTuple):
-    """Of a tile size along one axis; `whole`: with keys that a tile's queries all see, `free`: of mask-free tiles."""
+    """Of a tiling along one axis; `whole`: with keys that a tile's queries all see, `free`: of mask-free tiles.
 
-    tile: int
+    `sizes`, `size_pairs`, `size_queries`: the distinct lengths of tiles, and the pairs and queries in tiles of each.
+    """
+
+    tile: Tile
+    largest: int
     pairs: int
     whole_pairs: int
     free_pairs: int
@@ -88,17 +124,24 @@ class _AxisWork(NamedTuple):
     free_queries: int
     keys: int
     tiles: int
+    kinds: int
+    sizes: Ints
+    size_pairs: npt.NDArray[np.float64]
+    size_queries: npt.NDArray[np.float64]
 
 
 @functools.lru_cache(maxsize=4096)
-def _axis_work(axis: AxisWindow, tile: int, run: int = 1) -> _AxisWork:
+def _axis_work(axis: AxisWindow, tile: Tile, run: int = 1) -> _AxisWork:
     """Keys are counted as they are gathered: in runs of `run`."""
     visits = axis_visits(axis, tile, run)
     keys, queries, free = visits.key_hi - visits.key_lo, visits.q.hi - visits.q.lo, visits.whole
     whole = np.maximum(np.minimum(visits.full_hi, visits.hi) - np.maximum(visits.full_lo, visits.lo), 0) * run
     pairs = keys * queries
+    sizes, of_size = np.unique(queries, return_inverse=True)
+    kinds = np.stack([queries, keys, visits.full_lo - visits.lo, visits.full_hi - visits.hi])
     return _AxisWork(
         tile,
+        largest=int(queries.max()),
         pairs=int(pairs.sum()),
         whole_pairs=int((np.minimum(whole, keys) * queries).sum()),
         free_pairs=int(pairs[free].sum()),
@@ -106,32 +149,50 @@ def _axis_work(axis: AxisWindow, tile: int, run: int = 1) -> _AxisWork:
         free_queries=int(queries[free].sum()),
         keys=int(keys.sum()),
         tiles=visits.q.count,
+        kinds=np.unique(kinds, axis=1).shape[1],
+        sizes=sizes,
+        size_pairs=np.bincount(of_size, weights=pairs),
+        size_queries=np.bincount(of_size, weights=queries),
     )
 
 
 def _choice(rows: Sequence[_AxisWork], text: int, itemsize: int) -> TileChoice:
     """The work of a tile is the product of its axes' work, and the text's keys."""
-    tile, pairs, whole_pairs, free_pairs, queries, free_queries, keys, tiles = zip(*rows, strict=True)
-    visited = math.prod(pairs) + text * math.prod(queries)
-    whole = math.prod(whole_pairs) + text * math.prod(queries)
-    split = whole >= WHOLE_KEYS * math.prod(queries)
-    free = whole if split else math.prod(free_pairs) + text * math.prod(free_queries)
-    gathered = math.prod(keys) + text * math.prod(tiles)
-    return TileChoice(tile, (1,) * len(rows), visited, visited - free, gathered, itemsize)
+    pairs, queries, tiles = (math.prod(getattr(row, name) for row in rows) for name in ("pairs", "queries", "tiles"))
+    whole, free = (math.prod(getattr(row, name) for row in rows) for name in ("whole_pairs", "free_pairs"))
+    visited = pairs + text * queries
+    whole, free = whole + text * queries, free + text * math.prod(row.free_queries for row in rows)
+    masked = visited - (whole if whole >= WHOLE_KEYS * queries else free)
+    area, by_area, queries_by_area = (
+        functools.reduce(np.multiply.outer, [getattr(row, name) for row in rows])
+        for name in ("sizes", "size_pairs", "size_queries")
+    )
+    slices = np.select([area >= least for least, _ in SLICES], [cost for _, cost in SLICES])
+    return TileChoice(
+        tuple(row.tile for row in rows),
+        (1,) * len(rows),
+        pairs=visited,
+        sliced=float(((by_area + text * queries_by_area) * slices).sum()),
+        masked=masked,
+        gathered=math.prod(row.keys for row in rows) + text * tiles,
+        tiles=tiles,
+        kinds=math.prod(row.kinds for row in rows),
+        itemsize=itemsize,
+    )
 
 
-def _candidates(axis: AxisWindow) -> list[int]:
-    """Tile sizes worth trying: divisors, powers of two, and multiples of the stride up to the axis' longest class."""
+def _candidates(axis: AxisWindow) -> list[Tile]:
+    """Tilings worth trying: powers of two, the stride and its multiples, the whole axis, and the best uneven cuts."""
     longest = axis.class_length(0)
-    sizes = {1, longest} | {t for t in range(1, longest + 1) if longest % t == 0}
-    sizes |= {2**i for i in range(int(math.log2(longest)) + 1)}
+    sizes = {1, longest} | {2**i for i in range(int(math.log2(longest)) + 1)}
     sizes |= {axis.stride * m for m in (1, 2, 3, 4, 8) if axis.stride * m <= longest}
     if len(sizes) > 14:  # large axes: thin out evenly on a log scale, keeping the stride and its multiples
         kept = sorted(sizes)
         targets = np.geomspace(1, min(longest, 512), 10)
         near = {kept[int(np.argmin([abs(math.log(size / target)) for size in kept]))] for target in targets}
         sizes = near | {t for t in (axis.stride, 2 * axis.stride, 4 * axis.stride, longest) if t <= longest}
-    return sorted(t for t in sizes if t <= MAX_TILE)
+    even = sorted(t for t in sizes if t <= MAX_TILE)
+    return [*even, *(cuts for cuts in cut_axis(axis, MAX_TILE) if len(set(cuts)) > 1)]
 
 
 def _key_run(axis: AxisWindow, choice: TileChoice) -> int:

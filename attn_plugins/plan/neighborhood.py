@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 
 from attn_plugins.plan.block_plan import BlockPlan
-from attn_plugins.plan.partition import AxisVisits, Partition, axis_visits
+from attn_plugins.plan.partition import AxisVisits, Partition, Tile, axis_visits
 from attn_plugins.plan.rules import WindowRule
 from attn_plugins.plan.windows import AxisWindow, Ints
 from attn_plugins.sequence import Sequence
 
 
 def neighborhood_plan(
-    sequence: Sequence, axes: tuple[AxisWindow, ...], q_tile: tuple[int, ...], kv_tile: tuple[int, ...]
+    sequence: Sequence, axes: tuple[AxisWindow, ...], q_tile: tuple[Tile, ...], kv_tile: tuple[int, ...]
 ) -> BlockPlan:
     """The plan of generalized neighborhood attention over `sequence`, for tiles of the given shapes.
 
@@ -104,7 +104,7 @@ def _order(sequence: Sequence, partition: Partition) -> torch.Tensor | None:
 
 @functools.lru_cache(maxsize=32)
 def cached_neighborhood_plan(
-    sequence: Sequence, axes: tuple[AxisWindow, ...], q_tile: tuple[int, ...], kv_tile: tuple[int, ...]
+    sequence: Sequence, axes: tuple[AxisWindow, ...], q_tile: tuple[Tile, ...], kv_tile: tuple[int, ...]
 ) -> BlockPlan:
     """`neighborhood_plan`, made once for each (sequence, setting, tiles)."""
     return neighborhood_plan(sequence, axes, q_tile, kv_tile)

@@ -7,6 +7,7 @@ those of class 0, then of class 1, and so on. Everything in N dimensions is a pr
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,16 +16,27 @@ import numpy as np
 from attn_plugins.plan.windows import AxisWindow, Ints
 
 
+Tile = int | tuple[int, ...]  # tokens of every tile, or (undilated axes) of each tile
+
+
 @dataclass(frozen=True)
 class AxisTiles:
-    """The tiles of `tile` tokens along one axis of `size` tokens at `dilation`; the last of a class may be shorter.
+    """The tiles along one axis of `size` tokens at `dilation`.
 
+    `tile` is their length (the last of a class may be shorter), or the lengths of all, which add up to `size`.
     Tile `g` holds the indices `lo[g] <= i < hi[g]` of its residue class; index `i` is coordinate `i * dilation + r`.
     """
 
     size: int
-    tile: int
+    tile: Tile
     dilation: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tile, tuple) and (self.dilation > 1 or sum(self.tile) != self.size or min(self.tile) < 1):
+            raise ValueError(
+                f"tiles of {self.tile} tokens on an axis of {self.size} at dilation {self.dilation}: tiles of "
+                "different lengths add up to an undilated axis; elsewhere give one length"
+            )
 
     @functools.cached_property
     def _rows(self) -> tuple[Ints, Ints, Ints, Ints]:
@@ -35,10 +47,11 @@ class AxisTiles:
         for r in range(self.dilation):
             length = -(-(self.size - r) // self.dilation)
             base.append(len(lo))
-            for start in range(0, length, self.tile):
-                residue.append(r)
-                lo.append(start)
-                hi.append(min(start + self.tile, length))
+            lengths = self.tile if isinstance(self.tile, tuple) else (self.tile,) * -(-length // self.tile)
+            ends = list(itertools.accumulate(lengths))
+            residue += [r] * len(lengths)
+            lo += [0, *ends[:-1]]
+            hi += [min(end, length) for end in ends]
         return np.array(residue), np.array(lo), np.array(hi), np.array(base)
 
     @property
@@ -155,7 +168,7 @@ class AxisVisits:
 
 
 @functools.lru_cache(maxsize=4096)
-def axis_visits(window: AxisWindow, q_tile: int, kv_tile: int) -> AxisVisits:
+def axis_visits(window: AxisWindow, q_tile: Tile, kv_tile: int) -> AxisVisits:
     """The visits of one axis. `start` and `end` never decrease along a class, so they are one interval a tile."""
     q = AxisTiles(window.size, q_tile, window.dilation)
     kv = AxisTiles(window.size, kv_tile, window.dilation)

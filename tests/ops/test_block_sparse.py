@@ -96,7 +96,7 @@ def test_random_bits_whose_tiles_go_in_two_parts(monkeypatch):
     """Keys that all queries of a block see go without a mask, merged with the rest by LSE: here from 1 key on."""
     monkeypatch.setattr(jobs, "WHOLE_KEYS", 1)
     parts = []
-    monkeypatch.setattr(jobs, "Chunk", lambda q, made: parts.append(len(made)) or Chunk(q, made))
+    monkeypatch.setattr(jobs, "Chunk", lambda q, made, heads: parts.append(len(made)) or Chunk(q, made, heads))
     for seed in range(30):
         plan, mask = random_bits(seed, 3, 4)
         check(plan, mask, inputs(plan, 3, 4, 2, seed))

@@ -9,7 +9,17 @@ import torch
 
 from attn_plugins.ops.block_sparse.jobs import plan_chunks
 from attn_plugins.plan import cost
-from attn_plugins.plan.cost import GATHER, MASKED, choose_tiles
+from attn_plugins.plan.cost import (
+    CALL,
+    CHUNK_KEYS,
+    GATHER,
+    HEADS,
+    KEPT_BYTES,
+    MASKED,
+    REMADE,
+    SLICES,
+    choose_tiles,
+)
 from attn_plugins.plan.neighborhood import neighborhood_plan
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence
@@ -27,10 +37,10 @@ def random_axes(seed, longest=10):
 
 
 def work(axes, text, q_tile, kv_tile):
-    """(pairs, masked, gathered) of the grid's rows, counted on the plan."""
+    """(pairs, pairs at their tile's cost, masked, gathered, tiles) of the grid's rows, counted on the plan."""
     tokens = math.prod(axis.size for axis in axes)
     plan = neighborhood_plan(Sequence(tuple(axis.size for axis in axes), text), axes, q_tile, kv_tile)
-    pairs = masked = gathered = covered = 0
+    pairs = sliced = masked = gathered = covered = tiles = 0
     for row in range(len(plan.q_start)):
         if covered == tokens:
             break  # the text's own rows
@@ -38,9 +48,21 @@ def work(axes, text, q_tile, kv_tile):
         keys = int(plan.kv_size[plan.lists[0, 0, row, :count].long()].sum())
         covered += queries
         pairs += queries * keys
+        sliced += queries * keys * next(price for least, price in SLICES if queries >= least)
+        tiles += 1
         masked += queries * keys * int(plan.full[0, 0, row] < count)
         gathered += keys
-    return pairs, masked, gathered
+    return pairs, sliced, masked, gathered, tiles
+
+
+def priced(work, kinds, itemsize):
+    """The cost model's formula, in the plan's own counts."""
+    pairs, sliced, masked, gathered, tiles = work
+    together = max(1, CHUNK_KEYS[itemsize] * tiles // gathered)
+    entries = masked / tiles * kinds
+    remade = REMADE[itemsize] * entries if entries * itemsize + 8 * gathered > KEPT_BYTES else 0
+    calls = CALL[itemsize] * max(kinds / HEADS, tiles / together)
+    return sliced + MASKED[itemsize] * masked + GATHER[itemsize] * gathered + calls + remade
 
 
 @pytest.mark.parametrize("seed", range(120))
@@ -48,37 +70,49 @@ def test_the_choice_is_legal_and_its_numbers_are_the_plans(seed):
     axes, text = random_axes(seed, 14), seed % 3 * 5
     choice = choose_tiles(axes, text)
     for axis, q, kv in zip(axes, choice.q_tile, choice.kv_tile, strict=True):
-        assert 1 <= q <= axis.class_length(0) and 1 <= kv <= axis.size
-    assert (choice.pairs, choice.masked, choice.gathered) == work(axes, text, choice.q_tile, choice.kv_tile)
-    assert choice.cost == pytest.approx(
-        choice.pairs + (MASKED - 1) * choice.masked + GATHER[choice.itemsize] * choice.gathered
-    )
+        assert 1 <= kv <= axis.size
+        assert sum(q) == axis.size and axis.dilation == 1 if isinstance(q, tuple) else 1 <= q <= axis.class_length(0)
+    counted = work(axes, text, choice.q_tile, choice.kv_tile)
+    assert (choice.pairs, choice.masked, choice.gathered, choice.tiles) == (counted[0], *counted[2:])
+    assert choice.sliced == pytest.approx(counted[1])
+    assert choice.cost == pytest.approx(priced(counted, choice.kinds, choice.itemsize))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("seed", range(25))
-def test_no_candidate_is_cheaper(seed, itemsize):
-    """Tried one by one, counted on their plans."""
+def test_no_candidate_is_much_cheaper(seed, itemsize):
+    """Tried one by one, counted on their plans; tiles of different lengths are chosen if they promise 5 % at least."""
     axes, text = random_axes(seed, 7), seed % 2 * 5
     choice = choose_tiles(axes, text, itemsize)
-    best = math.inf
+    best = {False: math.inf, True: math.inf}
     for tile in itertools.product(*(cost._candidates(axis) for axis in axes)):
-        pairs, masked, gathered = work(axes, text, tile, (1,) * len(axes))
-        best = min(best, pairs + (MASKED - 1) * masked + GATHER[itemsize] * gathered)
-    assert choice.cost == pytest.approx(best)
+        kinds = math.prod(cost._axis_work(axis, one).kinds for axis, one in zip(axes, tile, strict=True))
+        uneven = any(isinstance(one, tuple) for one in tile)
+        best[uneven] = min(best[uneven], priced(work(axes, text, tile, (1,) * len(axes)), kinds, itemsize))
+    assert min(best.values()) * (1 - 1e-9) <= choice.cost <= min(best[False], best[True] / cost.UNEVEN) * (1 + 1e-9)
+    assert choice.uneven == any(isinstance(one, tuple) for one in choice.q_tile)
+    if choice.uneven:
+        assert choice.cost <= best[False] * cost.UNEVEN * (1 + 1e-9)
 
 
-def test_small_grids_have_every_divisor_power_and_stride_as_candidate():
+def test_windows_that_stand_still_at_the_borders_get_tiles_of_their_own():
+    """A window that leaves out little is whole for nearly all queries: cut there, it needs no mask at all."""
+    choice = choose_tiles(axis_windows((8, 32, 32), (8, 32, 30)))
+    assert choice.q_tile == (8, 32, (16, 1, 15)) and choice.masked == 0
+    assert choice.pairs == 8192 * 8 * 32 * 30
+
+
+def test_small_grids_have_every_power_and_stride_as_candidate():
     for size in range(1, 11):
         for stride in range(1, size + 1):
             candidates = cost._candidates(axis_windows((size,), -1, stride)[0])
-            assert {t for t in range(1, size + 1) if size % t == 0} | {stride} <= set(candidates)
-            assert all(1 <= t <= size for t in candidates)
+            assert {t for t in (1, 2, 4, 8) if t <= size} | {stride, size} <= set(candidates)
+            assert all(1 <= t <= size for t in candidates if not isinstance(t, tuple))
 
 
 def test_long_axes_keep_few_candidates_and_the_strides_multiples():
     axis = axis_windows((30_000,), 4096, 96)[0]
-    candidates = cost._candidates(axis)
+    candidates = [t for t in cost._candidates(axis) if not isinstance(t, tuple)]
     assert len(candidates) <= 14 and {1, 96, 192, 384} <= set(candidates) and max(candidates) <= cost.MAX_TILE
 
 
@@ -92,7 +126,7 @@ def test_masks_of_a_chosen_tile_stay_small(grid, window, stride):
     plan = neighborhood_plan(Sequence(grid), axes, choice.q_tile, choice.kv_tile)
     biases = [
         part.bias.numel()
-        for chunk in plan_chunks(plan, 0, 0, 1 << 20, torch.float32)
+        for chunk in plan_chunks(plan, 0, 0, 1 << 20, 1, torch.float32)
         for part in chunk.parts
         if part.bias is not None
     ]
@@ -121,6 +155,7 @@ def test_the_key_run_grows_rather_than_the_lists(monkeypatch):
         plan = neighborhood_plan(Sequence((6, 50)), axes, choice.q_tile, choice.kv_tile)
         assert choice.kv_tile[-1] > 1 and int(plan.count.sum()) <= 2 * 100
         assert torch.equal(plan.count > 0, torch.ones_like(plan.count, dtype=torch.bool))
-        assert (choice.pairs, choice.masked, choice.gathered) == work(axes, 0, choice.q_tile, choice.kv_tile)
+        counted = work(axes, 0, choice.q_tile, choice.kv_tile)
+        assert (choice.pairs, choice.masked, choice.gathered) == (counted[0], *counted[2:4])
     finally:
         choose_tiles.cache_clear()

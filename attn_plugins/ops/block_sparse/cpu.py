@@ -7,6 +7,7 @@ q, k, v and the results is one chunk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -26,9 +27,9 @@ def forward(
     out = torch.zeros_like(q) if _leaves_rows(plan) else torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    for chunk, b, kv, heads in _work(q, k, plan, range(k.shape[1])):
+    for chunk, b, kv, members in _work(q, k, plan, range(k.shape[1])):
         keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
-        for h in heads:
+        for h in members:
             tiles = chunk.q.read(q[b, h])
             found = [_attend(tiles, *one, part, scale) for one, part in zip(keys, chunk.parts, strict=True)]
             merged, merged_lse = found[0] if len(found) == 1 else merge_attention_states(*zip(*found, strict=True))
@@ -87,9 +88,10 @@ def _backward_heads(  # type: ignore[no-untyped-def]
     scale: float,
 ) -> None:
     """Of some KV heads: q's gradient goes to `grad_q`, k's and v's are added to `sums` (B, len(kv_heads), N, D)."""
-    for chunk, b, kv, heads in _work(q, k, plan, kv_heads):
+    for chunk, b, kv, members in _work(q, k, plan, kv_heads):
         keys = [(part.keys.read(k[b, kv]), part.keys.read(v[b, kv])) for part in chunk.parts]
-        for h in heads:
+        mine = slice(kv.start - kv_heads.start, kv.stop - kv_heads.start)
+        for h in members:
             tiles, tile_grad, tile_out, tile_lse = (chunk.q.read(t[b, h]) for t in (q, grad_out, out, lse))
             tile_grad_lse = None if grad_lse is None else chunk.q.read(grad_lse[b, h])
             tile_grad_q = None
@@ -99,32 +101,34 @@ def _backward_heads(  # type: ignore[no-untyped-def]
                     tile_grad, tile_grad_lse, tiles, tile_k, tile_v, tile_out, tile_lse, part.bias, scale
                 )
                 tile_grad_q = grads[0] if tile_grad_q is None else tile_grad_q + grads[0]
-                part.keys.add(sums[0][b, kv - kv_heads.start], grads[1])
-                part.keys.add(sums[1][b, kv - kv_heads.start], grads[2])
+                part.keys.add(sums[0][b, mine], grads[1])
+                part.keys.add(sums[1][b, mine], grads[2])
             assert tile_grad_q is not None  # a chunk has at least one part
             chunk.q.write(grad_q[b, h], tile_grad_q)
 
 
 def _work(
     q: torch.Tensor, k: torch.Tensor, plan: BlockPlan, kv_heads: range
-) -> Iterator[tuple[Chunk, int, int, range]]:
-    """(chunk, batch item, KV head, query heads): keys are gathered once for the query heads of a group."""
+) -> Iterator[tuple[Chunk, int, slice, list[slice]]]:
+    """(chunk, batch item, KV heads, query heads in rounds): each round has one query head of each of the KV heads.
+
+    Keys are gathered once for all rounds. Heads that share a list go together where their chunk is small.
+    """
     batch, group = q.shape[0], q.shape[1] // k.shape[1]
     threads = torch.get_num_threads() if q.device.type == "cpu" else 16
     longest = threads * CHUNK_BYTES // (2 * q.shape[-1] * q.element_size())
     for item in range(plan.batch):
         items = range(batch) if plan.batch == 1 else (item,)
         for head in range(plan.heads):
-            if plan.heads > 1 and head // group not in kv_heads:
+            own = kv_heads if plan.heads == 1 else range(head // group, head // group + 1)
+            if own[0] not in kv_heads:
                 continue
-            for chunk in plan_chunks(plan, item, head, longest, q.dtype):
+            rounds = range(group) if plan.heads == 1 else range(head % group, head % group + 1)
+            for chunk in plan_chunks(plan, item, head, longest, len(own), q.dtype):
                 chunk = chunk.to(q.device)
-                for b in items:
-                    if plan.heads > 1:
-                        yield chunk, b, head // group, range(head, head + 1)
-                        continue
-                    for kv in kv_heads:
-                        yield chunk, b, kv, range(kv * group, (kv + 1) * group)
+                for b, first in itertools.product(items, range(own.start, own.stop, chunk.heads)):
+                    kv = slice(first, min(first + chunk.heads, own.stop))
+                    yield chunk, b, kv, [slice(kv.start * group + g, kv.stop * group, group) for g in rounds]
 
 
 def _leaves_rows(plan: BlockPlan) -> bool:

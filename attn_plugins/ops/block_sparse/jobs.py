@@ -13,9 +13,7 @@ import torch
 
 from attn_plugins.ops.block_sparse.tokens import Tokens
 from attn_plugins.plan.block_plan import BlockPlan
-from attn_plugins.plan.cost import WHOLE_KEYS
-
-KEPT_BYTES = 32 << 20  # of token numbers and masks that a plan may keep; beyond that they are made anew in each call
+from attn_plugins.plan.cost import KEPT_BYTES, WHOLE_KEYS
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A few query blocks of a job, and the keys they see: in one part, or in two whose results are merged by LSE."""
+    """A few query blocks of a job, and the keys they see: in one part, or in two whose results are merged by LSE.
+
+    So many KV `heads` go in one call.
+    """
 
     q: Tokens
     parts: tuple[Part, ...]
+    heads: int
 
     def to(self, device: torch.device) -> Chunk:
-        return self if device.type == "cpu" else Chunk(self.q.to(device), tuple(part.to(device) for part in self.parts))
+        if device.type == "cpu":
+            return self
+        return Chunk(self.q.to(device), tuple(part.to(device) for part in self.parts), self.heads)
 
 
 def plan_jobs(plan: BlockPlan, item: int, head: int) -> list[Job]:
@@ -70,16 +74,22 @@ def plan_jobs(plan: BlockPlan, item: int, head: int) -> list[Job]:
     return cached[item, head]
 
 
-def plan_chunks(plan: BlockPlan, item: int, head: int, longest: int, dtype: torch.dtype) -> Iterable[Chunk]:
+def plan_chunks(
+    plan: BlockPlan, item: int, head: int, longest: int, kv_heads: int, dtype: torch.dtype
+) -> Iterable[Chunk]:
     """All chunks of one (batch item, head) of the plan's lists; kept with the plan where they are small.
 
-    A chunk has at most `longest` gathered keys, but at least one query block.
+    A chunk gathers at most `longest` keys, over its share of the `kv_heads`; but at least one query block of one head.
     """
-    made = (chunk for job in plan_jobs(plan, item, head) for chunk in _chunks(plan, item, head, job, longest, dtype))
+    made = (
+        chunk
+        for job in plan_jobs(plan, item, head)
+        for chunk in _chunks(plan, item, head, job, longest, kv_heads, dtype)
+    )
     if plan.batch * plan.heads > 1:
         return made
     kept = plan.prepared.setdefault("chunks", {})
-    return kept.get((longest, dtype)) or _keeping(made, kept, (longest, dtype))
+    return kept.get((longest, kv_heads, dtype)) or _keeping(made, kept, (longest, kv_heads, dtype))
 
 
 def _keeping(made: Iterable[Chunk], kept: dict[Hashable, list[Chunk]], key: Hashable) -> Iterator[Chunk]:
@@ -101,7 +111,9 @@ def _keeping(made: Iterable[Chunk], kept: dict[Hashable, list[Chunk]], key: Hash
         kept[key] = chunks
 
 
-def _chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def _chunks(
+    plan: BlockPlan, item: int, head: int, job: Job, longest: int, kv_heads: int, dtype: torch.dtype
+) -> Iterator[Chunk]:
     columns: list[torch.Tensor] = []
     masks: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     if job.masked:
@@ -109,14 +121,16 @@ def _chunks(plan: BlockPlan, item: int, head: int, job: Job, longest: int, dtype
         mask = plan.rule.mask(plan, int(job.rows[0]), item, head)
         columns = _split(mask)
         masks = [_bias(mask[:, chosen], dtype) for chosen in columns[-1:]]
-    for rows in job.rows.split(max(1, longest // job.keys)):
+    # Query blocks of one head first: they often share keys. More heads where that leaves room.
+    heads = min(max(1, longest // (job.keys * len(job.rows))), kv_heads)
+    for rows in job.rows.split(max(1, longest // (job.keys * heads))):
         q = Tokens.of(plan.q_tokens(rows))
         if not job.masked or plan.rule is None:
-            yield Chunk(q, (Part(Tokens.of(plan.kv_tokens(rows, item, head))),))
+            yield Chunk(q, (Part(Tokens.of(plan.kv_tokens(rows, item, head))),), heads)
             continue
         keys = plan.rule.keys(plan, rows, item, head)
         whole = [Part(Tokens.of(keys[:, chosen])) for chosen in columns[:-1]]
-        yield Chunk(q, (*whole, *(Part(Tokens.of(keys[:, columns[-1]]), *one) for one in masks)))
+        yield Chunk(q, (*whole, *(Part(Tokens.of(keys[:, columns[-1]]), *one) for one in masks)), heads)
 
 
 def _split(mask: torch.Tensor) -> list[torch.Tensor]:
