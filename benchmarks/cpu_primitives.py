@@ -1,14 +1,16 @@
-"""The two constants of the CPU cost model (attn_plugins/plan/cost.py), measured on this machine.
+"""The constants of the CPU cost model (attn_plugins/plan/cost.py), measured on this machine.
 
     python benchmarks/cpu_primitives.py
 
-Prints, for tiles of T queries and E keys: the share of dense attention's speed that a call over gathered tiles reaches
-(gathering inside), the overhead `g` that this means in (query, key) pairs a key, and the factor that a mask costs.
+For calls of many tiles of T queries and E keys: what a (query, key) pair costs without a mask and with one, in pairs of
+dense attention (the bound of any share of the block-level ideal is the inverse of the first); and what fetching a key
+costs, in pairs too.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,32 +20,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attn_plugins.ops.block_sparse.tile_attention import attend  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
-TOKENS, KEYS = 8192, 2048
+TOKENS, KEYS, PAIRS = 8192, 1024, 1 << 23
+TILES = (32, 64, 128, 192, 256, 512, 768, 1024, 2048)
 
 
 def main() -> None:
-    print(f"threads {torch.get_num_threads()}; dtype head_dim T: share of dense, g, mask factor")
+    print(f"threads {torch.get_num_threads()}; in pairs of dense attention of {TOKENS} tokens")
     for dtype in (torch.float32, torch.bfloat16):
         for dim in (64, 128):
-            q, k, v = (torch.randn(1, 1, TOKENS, dim, dtype=dtype) for _ in range(3))
-            for tile in (64, 128, 256, 512, 1024):
-                index = torch.randint(0, TOKENS, (KEYS,))
-                tiles = q[:, :, :tile]
-                bias = torch.zeros(1, 1, tile, KEYS, dtype=dtype)
-                bias[..., ::5] = float("-inf")
+            q, k, v = (torch.randn(1, 2, TOKENS, dim, dtype=dtype) for _ in range(3))
+            index = torch.arange(TOKENS).view(-1, 16, 4, 8).transpose(1, 2).reshape(-1)  # tiles of a grid: runs of 8
+            sides = {
+                "dense": lambda q=q, k=k, v=v: attend(q, k, v, None, 0.1),
+                "fetch": lambda k=k, index=index: [head.index_select(0, index) for head in k[0]],
+            }
+            for tile in TILES:
+                sides |= {(tile, mask): call(tile, dim, dtype, mask) for mask in (False, True)}
+            times = interleaved(sides, seconds=0.5)
+            pair = times["dense"] / (2 * TOKENS**2)
+            fetch = 2 * times["fetch"] / (2 * TOKENS) / pair  # a key and its value
+            print(f"{str(dtype)[6:]} head_dim {dim}: a pair {pair * 1e6:.2f} ns, a key fetched {fetch:.0f} pairs")
+            for tile in TILES:
+                rows = max(2, PAIRS // (tile * KEYS))
+                free, masked = (times[tile, mask] / (rows * tile * KEYS) / pair for mask in (False, True))
+                print(f"  T {tile:5d}: {free:.2f} without a mask, {masked:.2f} with one")
 
-                def run(bias: torch.Tensor | None) -> None:
-                    keys, values = (t[0, 0].index_select(0, index)[None, None] for t in (k, v))  # noqa: B023
-                    attend(tiles, keys, values, bias, 0.1)  # noqa: B023
 
-                sides = {"free": lambda: run(None), "masked": lambda: run(bias)}  # noqa: B023
-                times = interleaved({"dense": lambda: attend(q, k, v, None, 0.1), **sides}, seconds=0.5)  # noqa: B023
-                ideal = times["dense"] * tile * KEYS / TOKENS**2
-                share = ideal / times["free"]
-                print(
-                    f"{str(dtype)[6:]:9s} {dim:4d} {tile:5d}: {share:.3f} {tile * (1 / share - 1):6.1f} "
-                    f"{times['masked'] / times['free']:.2f}"
-                )
+def call(tile: int, dim: int, dtype: torch.dtype, masked: bool) -> Callable[[], object]:
+    rows = max(2, PAIRS // (tile * KEYS))
+    q, k, v = (torch.randn(1, rows, n, dim, dtype=dtype) for n in (tile, KEYS, KEYS))
+    bias = torch.zeros(1, 1, tile, KEYS, dtype=dtype) if masked else None
+    return lambda: attend(q, k, v, bias, 0.1)
 
 
 if __name__ == "__main__":
