@@ -1,4 +1,4 @@
-# make demo | test | check | bench | matrix | format | clean        (GNU make; Linux and macOS)
+# make demo | test | check | bench | matrix | lock | format | clean        (GNU make; Linux and macOS)
 # Settings: PYTHON=python3.12 (what makes the environment), VENV=.venv, OUT=out, WORKERS=2 (test processes),
 # DEMO="--steps 30" (options of the demo). pip reads its own settings (PIP_INDEX_URL, ...) as everywhere.
 
@@ -18,7 +18,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 SPIN = GOMP_SPINCOUNT=20000
 OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help install demo test check types bench matrix format clean
+.PHONY: help install demo test check types bench matrix lock format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,7 +38,7 @@ demo: $(READY)
 	$(OFFLINE) $(SPIN) $(BIN)/attn-plugins demo --out $(OUT) $(DEMO)
 
 test: $(READY)
-	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --models docs/models.json
 
 check: $(READY) types
 	$(BIN)/ruff check .
@@ -55,8 +55,14 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu.py
 
+# The tests of all models write which of them passed; README.md and docs/models.md are made of that.
 matrix: $(READY)
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/patches --models docs/models.json --write-models
 	$(BIN)/python tools/matrix.py
+
+# Every Triton kernel compiled for every target, without a GPU: minutes.
+lock: $(READY)
+	$(ONE_THREAD) $(BIN)/python tools/lock.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

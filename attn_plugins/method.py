@@ -44,6 +44,11 @@ class AttentionCall:
 
     Of causal sites: q may be shorter than k (a cache). `keys` None: all keys are real and consecutive, and the last one
     belongs to the last query. `sliding_window`: the model's own rule, a query sees fewer than so many keys back.
+    `softcap`: scores are softcap * tanh(scores / softcap). `sinks` (H,): a learned score beside each row's own, which
+    takes its share of the softmax and gives nothing.
+
+    `first_head`, `layer_heads`: where other devices have the rest of the heads, the place of q's first one among all of
+    the layer's; what a method sets per head is counted among those.
     """
 
     q: torch.Tensor
@@ -57,6 +62,10 @@ class AttentionCall:
     dropout: float = 0.0
     keys: CausalKeys | None = None
     sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    first_head: int = 0
+    layer_heads: int | None = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -100,6 +109,8 @@ class Processor(ABC):
             return "the model passes an attention mask that this method cannot honour"
         if call.keys is not None or call.sliding_window is not None:
             return "this method cannot honour padded prompts, preallocated caches or the model's own sliding window"
+        if call.softcap is not None or call.sinks is not None:
+            return "this method cannot honour the model's capped scores or learned sinks"
         if call.dropout:
             return "attention dropout is on"
         return None

@@ -181,7 +181,7 @@ def _plan(target: Target, request: _Request) -> Patched:
 
     state = RootState(
         schedule, clock=clock, strict=request.strict, min_tokens=min_tokens,
-        key_padding=bool(family.extras.get("key_padding")),
+        key_padding=bool(family.extras.get("key_padding")), in_parts=bool(family.extras.get("in_parts")),
     )  # fmt: skip
     all_sites = family.find_sites(root)
     sites, skipped = select(method, family, all_sites, layers)
@@ -226,7 +226,7 @@ def _clock(target: Target, schedule: Schedule) -> StepClock | None:
         return None
     if not schedule.always_sparse and getattr(target.pipe, "scheduler", None) is None:
         schedule.first_sparse_step(None)  # a share of an unknown length is an error now, not in the first forward
-    return StepClock(target.pipe)
+    return StepClock(target.pipe, rises=bool(target.family.extras.get("time_rises")))
 
 
 def _install(planned: list[tuple[Target, Patched]]) -> PatchHandle:

@@ -43,6 +43,7 @@ class Moment(threading.local):
         self.dense = False
         self.reason = UNKNOWN
         self.largest = 0  # tokens of the largest grid of this forward
+        self.outer: Snapshot | None = None  # what holds again when a level inside a level ends
 
 
 class RootState:
@@ -54,6 +55,7 @@ class RootState:
         strict: a refusal raises `Refused` instead of a warning.
         min_tokens: calls with a smaller grid stay dense: a choice, worth a word only if it is all of a forward's calls.
         key_padding: the family has turned the model's key padding mask into the sequence's valid lengths.
+        in_parts: the model's attention takes its text in calls of its own, which stay dense without a word.
     """
 
     def __init__(
@@ -64,15 +66,18 @@ class RootState:
         strict: bool = False,
         min_tokens: int = 0,
         key_padding: bool = False,
+        in_parts: bool = False,
     ) -> None:
         self.schedule = schedule
         self.clock = clock
         self.strict = strict
         self.min_tokens = min_tokens
         self.key_padding = key_padding
+        self.in_parts = in_parts
         self.moment = Moment()
         self.warned: set[str] = set()
-        self.last_sequence: Sequence | None = None  # for reports only; any thread's
+        self.text_apart: bool | str = False  # how context parallelism cuts the sequence: see patches/context_parallel
+        self.last_sequence: Sequence | None = None  # of the largest grid; for reports only; any thread's
 
     def enter(self, sequence: Sequence | None, dense: bool, reason: str = UNKNOWN) -> None:
         """Called at the start of each forward; `reason` says why `sequence` is None."""
@@ -81,8 +86,9 @@ class RootState:
         moment.dense = dense
         moment.reason = reason
         if sequence is not None and not torch.compiler.is_compiling():
-            self.last_sequence = sequence
             moment.largest = max(moment.largest, sequence.tokens)
+            if sequence.tokens == moment.largest:
+                self.last_sequence = sequence
 
     def begin_forward(self) -> None:
         """Before `enter`, where a root's forward begins; says if min_tokens left the method nothing of the last one."""
@@ -148,6 +154,9 @@ class Layer:
         self.name = name
         self.index = index
         self.on_grid = kind in ("self", "joint")
+        self.cell = (
+            1  # side of the cells in which the tokens of a grid come (Qwen-VL's vision): see attention_interface
+        )
         # a method that reads the layer's own inputs (routers, tables of rotation) says so on its processor
         self.wants_inputs = bool(getattr(processor, "wants_inputs", False))
 
@@ -156,19 +165,27 @@ class Layer:
         root = self.root
         if root.moment.dense:
             return None
+        asks = None  # the rows that are asked for, where text gives keys and values and asks nothing
         if self.on_grid:
+            if call.sequence is not None and call.sequence.tokens < root.min_tokens:
+                return None
+            if root.in_parts and call.sequence is not None and call.k.shape[2] < call.sequence.length:
+                return None
             reason = self._misfit(call)
             if reason is not None:
                 root.refuse(reason)
                 return None
-            assert call.sequence is not None  # _misfit refuses calls without one
-            if call.sequence.tokens < root.min_tokens:
-                return None
+            sequence = call.sequence
+            assert sequence is not None  # _misfit refuses calls without one
+            if call.q.shape[2] != call.k.shape[2]:
+                asks = slice(sequence.text_before, sequence.text_before + sequence.tokens)
+                call.q = torch.nn.functional.pad(call.q, (0, 0, sequence.text_before, sequence.text_after))
         reason = self.processor.refuses(call)
         if reason is not None:
             root.refuse(reason)
             return None
-        return self.processor(call)
+        out = self.processor(call)
+        return out if asks is None else out[:, :, asks]
 
     def _misfit(self, call: AttentionCall) -> str | None:
         """Why the tokens of this call are not the sequence that the family read, or None. Reads shapes only."""
@@ -176,16 +193,21 @@ class Layer:
         if sequence is None:
             return self.root.moment.reason
         batch, heads, tokens, _ = call.q.shape
-        if tokens != sequence.length:
+        keys = call.k.shape[2]
+        if batch == 1 and tokens == keys and (tokens != sequence.length or sequence.batch not in (None, 1)):
+            # item by item, each without its padding (Mochi)
+            call.sequence = sequence = sequence.without_padding(tokens) or sequence
+        text_asks = not (tokens == sequence.tokens < keys == sequence.length)
+        if tokens != sequence.length and text_asks:
             if self.kind == "self" and tokens == sequence.tokens:  # image-only attention beside a joint one (SD 3.5)
-                call.sequence = Sequence(sequence.grid)
+                call.sequence = sequence = Sequence(sequence.grid)
             else:
                 return (
                     f"{tokens} tokens where the model's {_described(sequence)} make {sequence.length} "
                     "(reference, conditioning or other extra tokens?)"
                 )
-        if call.k.shape[2] != tokens:
-            return f"{call.k.shape[2]} keys beside {tokens} queries: not self-attention"
+        if keys != tokens and text_asks:
+            return f"{keys} keys beside {tokens} queries: not self-attention"
         if heads % call.k.shape[1]:
             return f"{heads} query heads are no multiple of {call.k.shape[1]} key heads"
         if sequence.batch is not None and sequence.batch != batch:

@@ -103,6 +103,15 @@ class Sequence:
 
         return Sequence(self.grid, self.text_before, self.text_after, pick(self.valid_before), pick(self.valid_after))
 
+    def without_padding(self, length: int) -> Sequence | None:
+        """The sequence of an item whose padding was cut off, if that leaves an item of `length` tokens."""
+        for index in range(self.batch or 1):
+            one = self.item(index)
+            assert isinstance(one.valid_before, int) and isinstance(one.valid_after, int)  # an item's are
+            if one.valid_before + one.tokens + one.valid_after == length:
+                return Sequence(one.grid, one.valid_before, one.valid_after)
+        return None
+
 
 def _normalised_valid(name: str, length: int, valid: Valid | None) -> Valid:
     """All-equal tuples become one int, so that equal sequences are equal (they key the plan cache)."""

@@ -27,7 +27,8 @@ def find(obj: object) -> list[Target]:
     """The models in `obj` that a family knows, each once.
 
     Of a diffusers pipeline these are its denoisers (`transformer`, `transformer_2`, `unet`, ...): components of a
-    diffusers family. Its text encoders are not: they are models of another library's family.
+    diffusers family. Its text encoders are not: they are models of another library's family. Nor are its ControlNets,
+    whose families say that they run `beside` a denoiser: give one itself to patch it.
 
     Raises:
         ValueError: nothing in `obj` belongs to a family; the message names the nearest.
@@ -50,7 +51,7 @@ def _walk(obj: object) -> Iterator[Target]:
     if components is not None:
         for component in components.values():
             found = _unwrapped(component)
-            if found is not None and found[1].library == "diffusers":
+            if found is not None and found[1].library == "diffusers" and not found[1].extras.get("beside"):
                 yield Target(*found, obj)
         return
     found = _unwrapped(obj)

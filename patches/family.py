@@ -60,7 +60,11 @@ class Family:
         read: what the sequence of a running call is.
         interception: how to get between.
         notes: what a user should know, for the matrix.
-        extras: what the interception or `patch` needs to know besides (`min_tokens`, `key_padding`, `levels`).
+        extras: what the interception or `patch` needs to know besides. `min_tokens`: smaller grids stay dense;
+            `key_padding`: boolean masks of self- and joint attention are padding, which `read` has made valid lengths;
+            `in_parts`: text is attended in calls of its own, which stay dense without a word;
+            `time_rises`: the timestep grows towards the picture; `beside`: the model runs beside a pipeline's denoiser
+            (a ControlNet) and is patched only by itself; and what an interception names in its own docstring.
         config: values that `model.config` must have, where the class alone does not tell (the UNets).
     """
 

@@ -9,6 +9,7 @@ Classes must stay one per original class: per layer, they cost a graph each unde
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 import types
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional
 
 from attn_plugins.method import AttentionCall
+from attn_plugins.patches import context_parallel
 from attn_plugins.runtime import Layer
 
 STATE = "_attn_plugins"
@@ -41,6 +43,7 @@ _classes: dict[type, type] = {}
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     mask: torch.Tensor | None, dropout: float, causal: bool, scale: float | None,
+    first_head: int = 0, layer_heads: int | None = None,
 ) -> torch.Tensor | None:  # fmt: skip
     """(B, H, N, D) of the running layer's method, or None: stay with the original."""
     layer = _running.layer
@@ -50,13 +53,27 @@ def _attend(
     moment = root.moment
     if moment.dense:
         return None
-    if root.key_padding and mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1 == mask.shape[-3]:
+    if root.key_padding and layer.on_grid and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         mask = None  # it is in the sequence's valid lengths
-    call = AttentionCall(query, key, value, layer.kind, moment.sequence, scale, mask, causal, dropout)
+    call = AttentionCall(
+        query, key, value, layer.kind, moment.sequence, scale, mask, causal, dropout,
+        first_head=first_head, layer_heads=layer_heads,
+    )  # fmt: skip
     if layer.wants_inputs:
         assert _running.inputs is not None  # set with the layer
         call.extras["args"], call.extras["kwargs"] = _running.inputs
     return layer.attend(call)
+
+
+def asks_for_method() -> bool:
+    """Whether an attention runs in this thread whose method is wanted in this step."""
+    layer = _running.layer
+    return layer is not None and not layer.root.moment.dense
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+    """(B, H, N, D) of the running layer's method, or None, without a mask: for attention that stands elsewhere."""
+    return _attend(query, key, value, None, 0.0, False, None)
 
 
 def _dispatch(
@@ -70,10 +87,12 @@ def _dispatch(
 
     layer = _running.layer
     if layer is not None and not layer.root.moment.dense:
-        if parallel_config is not None:
-            layer.root.refuse("context parallelism splits the sequence over devices")
-        elif attention_kwargs:
+        if attention_kwargs:
             layer.root.refuse(f"the model passes {', '.join(attention_kwargs)} to its own attention backend")
+        elif parallel_config is not None:
+            out = _attend_together(layer, query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config)
+            if out is not None:
+                return out
         else:
             q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             out = _attend(q, k, v, attn_mask, dropout_p, is_causal, scale)
@@ -83,6 +102,27 @@ def _dispatch(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
         backend=backend, parallel_config=parallel_config,
     )  # fmt: skip
+
+
+def _attend_together(
+    layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: torch.Tensor | None, dropout: float, causal: bool, scale: float | None, parallel_config: Any,
+) -> torch.Tensor | None:  # fmt: skip
+    """(B, tokens held here, H, D) of the method, which sees all tokens and some heads, or None."""
+    root = layer.root
+    if isinstance(root.text_apart, str):
+        root.refuse(root.text_apart)
+        return None
+    if layer.wants_inputs:
+        root.refuse("context parallelism: the method reads the layer's input, of which each device holds a part")
+        return None
+    found = context_parallel.exchange(parallel_config, query, key, root.moment.sequence, root.text_apart)
+    if isinstance(found, str):
+        root.refuse(found)
+        return None
+    q, k, v = (found.gather(t) for t in (query, key, value))
+    out = _attend(q, k, v, mask, dropout, causal, scale, found.first_head, query.shape[2])
+    return None if out is None else found.scatter(out)
 
 
 def _sdpa(
@@ -109,7 +149,15 @@ class _Functional:
         return getattr(torch.nn.functional, name)
 
 
-_OVERRIDES = {_DISPATCH: _dispatch, "F": _Functional()}
+def _flux2_cached(*args: Any, **kwargs: Any) -> torch.Tensor:
+    from attn_plugins.patches import cached_references
+
+    return cached_references.attend(*args, **kwargs)
+
+
+_OVERRIDES = {_DISPATCH: _dispatch, "F": _Functional(), "_flux2_kv_causal_attention": _flux2_cached}
+# processors of diffusers that make a mask of what the sequence tells: the module whose `call` runs in their place
+_LEAN = {"HunyuanVideo15AttnProcessor2_0": "attn_plugins.patches.processors.hunyuan_video15"}
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -157,7 +205,8 @@ def intercepted(cls: type) -> type:
 
 def _generate(cls: type) -> type:
     original: Callable[..., Any] = cls.__call__
-    inner = _rebound(original)
+    lean = _LEAN.get(cls.__name__) if cls.__module__.startswith("diffusers.") else None
+    inner = _rebound(importlib.import_module(lean).call if lean else original)
 
     @functools.wraps(original)  # diffusers filters keyword arguments by this signature
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:

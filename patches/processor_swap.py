@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
+from attn_plugins.patches.context_parallel import text_is_apart
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
 from attn_plugins.patches.interception import ORIGINAL, STATE, intercepted, why_not
 from attn_plugins.runtime import Layer, RootState
@@ -67,6 +69,8 @@ class RootHook:
     def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = self.state
         self.swapped.keep(state)
+        if getattr(root, "_parallel_config", None) is not None:
+            state.text_apart = text_is_apart(root)
         carry(self.checkpointing, state)
         state.begin_forward()
         found = self.read(root, args, kwargs)
@@ -78,7 +82,7 @@ class RootHook:
 
 
 class LevelHook:
-    """Before each forward of a part that has a grid of its own (a level of a UNet)."""
+    """Before each forward of a part that has a grid of its own (a level of a UNet, blocks over time alone)."""
 
     def __init__(self, read: SequenceReader, state: RootState) -> None:
         self.read = read
@@ -93,6 +97,29 @@ class LevelHook:
             self.state.enter(found, dense)
 
 
+class InnerLevelHook(LevelHook):
+    """A level inside another one: where it ends, the outer grid holds again."""
+
+    def __call__(self, level: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.state.moment.outer = self.state.snapshot()
+        super().__call__(level, args, kwargs)
+
+    def leave(self, level: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        moment = self.state.moment
+        if moment.outer is not None:
+            moment.sequence, moment.dense, moment.reason = moment.outer
+            moment.outer = None
+
+
+def _levels(root: nn.Module, rows: Mapping[str, SequenceReader]) -> Iterator[tuple[nn.Module, SequenceReader]]:
+    """The modules whose class is called as a row says, or whose whole dotted name its expression matches."""
+    for name, module in root.named_modules():
+        for key, read in rows.items():
+            if type(module).__name__ == key or re.fullmatch(key, name):
+                yield module, read
+                break
+
+
 def _release(module: nn.Module) -> None:
     module.__dict__.pop(STATE, None)
 
@@ -100,8 +127,8 @@ def _release(module: nn.Module) -> None:
 class ProcessorSwap:
     """The interception of all diffusers families.
 
-    A family's `extras` may name `levels` (a class name) and `read_level` (their reader), for models whose grid changes
-    on the way.
+    For models whose grid changes on the way, a family's `extras` may have `levels`: {class name, or expression over
+    module names: reader}; and `inner_levels`, alike, for parts inside of a level, after which its grid holds again.
     """
 
     def install(
@@ -126,11 +153,13 @@ class ProcessorSwap:
             carry(checkpointing, state)
             hook = RootHook(family.read, state, swapped, checkpointing)
             undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
-            if "levels" in family.extras:
-                level_hook = LevelHook(family.extras["read_level"], state)
-                for module in root.modules():
-                    if type(module).__name__ == family.extras["levels"]:
-                        undo.append(module.register_forward_pre_hook(level_hook, with_kwargs=True, prepend=True).remove)
+            for module, read in _levels(root, family.extras.get("levels", {})):
+                level_hook = LevelHook(read, state)
+                undo.append(module.register_forward_pre_hook(level_hook, with_kwargs=True, prepend=True).remove)
+            for module, read in _levels(root, family.extras.get("inner_levels", {})):
+                inner = InnerLevelHook(read, state)
+                undo.append(module.register_forward_pre_hook(inner, with_kwargs=True, prepend=True).remove)
+                undo.append(module.register_forward_hook(inner.leave).remove)
         except BaseException:
             for step in reversed(undo):
                 step()

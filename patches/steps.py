@@ -16,6 +16,8 @@ from torch import nn
 
 from attn_plugins.patches.grids import argument
 
+NAMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what models call it
+
 
 class _Count(threading.local):
     last: float | None = None
@@ -27,10 +29,12 @@ class StepClock:
 
     CFG in two calls is one step, and the two transformers of Wan 2.2 share one schedule, because a step is read from
     the scheduler, not counted in calls. A run that begins in mid-schedule (image to image) is there from its start.
-    On a bare model a changed timestep is the next step, and one that rises begins a new generation.
+    On a bare model a changed timestep is the next step, and one that goes back begins a new generation. Most models
+    count down to the picture; where time `rises` towards it, back is the other way.
     """
 
-    def __init__(self, pipe: object | None = None) -> None:
+    def __init__(self, pipe: object | None = None, rises: bool = False) -> None:
+        self._rises = rises
         self._pipes: list[weakref.ref[Any]] = []
         self._schedulers: list[weakref.ref[Any]] = []
         self._count = _Count()
@@ -44,7 +48,8 @@ class StepClock:
 
     def position(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
         """(step from 0, length of the schedule or None). Reads a tensor's value only where no cheaper way tells."""
-        timestep = argument(root, args, kwargs, "timestep")
+        given = (argument(root, args, kwargs, name) for name in NAMES)
+        timestep = next((value for value in given if value is not None), None)
         found = [scheduler for scheduler in self._live_schedulers() if _length(scheduler)]
         if len(found) > 1:
             found = [s for s in found if _running(s, timestep)] or found[:1]
@@ -70,6 +75,7 @@ class StepClock:
         value, count = _value(timestep), self._count
         if value is None:
             return 0
+        value = -value if self._rises else value
         if count.last is None or value > count.last:
             count.step = 0
         elif value < count.last:
@@ -78,15 +84,15 @@ class StepClock:
         return count.step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepClock:
-        copy = StepClock()
+        copy = StepClock(rises=self._rises)
         copy._pipes = [weakref.ref(memo.get(id(pipe), pipe)) for ref in self._pipes if (pipe := ref()) is not None]
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # a pickled model is a bare one: its pipelines are elsewhere
+        return {"rises": self._rises}  # a pickled model is a bare one: its pipelines are elsewhere
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self.__init__(None, **state)  # type: ignore[misc]
 
 
 def _length(scheduler: Any) -> int:

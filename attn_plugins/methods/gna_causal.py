@@ -5,6 +5,9 @@ text grows while it is generated, so its length is no part of the rule: a stride
 that is, `start = max(g + s - k, 0)`. Prefill, chunks of it and cached steps then give the same rows at any stride and
 dilation. At stride 1 length plays no part anyway, and a window as long as the text is dense attention; above, a window
 must reach the end of the last group for that.
+
+Learned sinks are one more score of each row, which gives nothing: with the row's own log-sum-exp, the output times
+`sigmoid(lse - sink)`. Capped scores (Gemma 2) leave no kernel to use: their rows are scored a tile at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attn_plugins.method import AttentionCall, CausalKeys, Processor
+from attn_plugins.method import AttentionCall, Processor
+from attn_plugins.methods.gna_causal_tiles import Score, attention, plain_keys, tiled
 from attn_plugins.ops import neighborhood_attention
 from attn_plugins.sequence import Sequence
-
-TILE = 128, 512  # rows of queries whose keys are sliced together under a mask: at least, at most
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class CausalWindowProcessor(Processor):
             return "the model passes an attention mask of its own making (4-D, packed sequences or blocks)"
         if call.dropout:
             return "attention dropout is on"
+        if call.sinks is not None and call.sinks.shape != call.q.shape[1:2]:
+            return f"sinks of shape {tuple(call.sinks.shape)} for {call.q.shape[1]} heads"
         if not call.causal:
             return "this attention is not causal"
         if call.sliding_window is not None and self.rule.stride > 1:
@@ -107,11 +111,14 @@ class CausalWindowProcessor(Processor):
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         queries, keys = call.q.shape[2], call.k.shape[2]
         rule = self.rule.within(keys, call.sliding_window)
+        score = Score(call.scale, call.softcap, call.sinks)
         if call.keys is not None:
-            return _padded(call.q, call.k, call.v, call.keys, rule, call.scale)
+            return tiled(call.q, call.k, call.v, call.keys, rule, score)
+        if call.softcap is not None:
+            return tiled(call.q, call.k, call.v, plain_keys(call.q, call.k), rule, score)
         if queries == keys:
-            return self._prefill(call.q, call.k, call.v, rule, call.scale)
-        return self._cached(call.q, call.k, call.v, rule, call.scale)
+            return self._prefill(call.q, call.k, call.v, rule, score)
+        return self._cached(call.q, call.k, call.v, rule, score)
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense causal pairs."""
@@ -121,84 +128,43 @@ class CausalWindowProcessor(Processor):
         return 2 * seen / (n * (n + 1))
 
     def _prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: CausalRule, scale: float | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: CausalRule, score: Score
     ) -> torch.Tensor:
         """All rows: the operator, on a length that fills the last group (its rows see nothing of the filling)."""
         tokens = q.shape[2]
-        if rule.shows_all(tokens):
+        sinks = score.sinks
+        if rule.shows_all(tokens) and sinks is None:
             grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=score.scale, enable_gqa=grouped)
         filling = -tokens % (rule.stride * rule.dilation)
         if filling:
             q, k, v = (F.pad(t, (0, 0, 0, filling)) for t in (q, k, v))
-        out = neighborhood_attention(
+        found = neighborhood_attention(
             q, k, v, grid=(tokens + filling,), window=rule.window, stride=rule.stride, dilation=rule.dilation,
-            causal=True, scale=scale, backend=self.backend,
+            causal=True, scale=score.scale, backend=self.backend, return_lse=sinks is not None,
         )  # fmt: skip
-        assert isinstance(out, torch.Tensor)  # no LSE was asked for
+        out, lse = (found, None) if isinstance(found, torch.Tensor) else found
+        if sinks is not None:
+            assert lse is not None  # it was asked for
+            out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
         return out[:, :, :tokens] if filling else out
 
     def _cached(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: CausalRule, scale: float | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: CausalRule, score: Score
     ) -> torch.Tensor:
         """The last rows: of the keys, only those that one of them sees."""
         queries, keys = q.shape[2], k.shape[2]
         position = keys - queries
         if queries == 1:
             seen = slice(rule.first_key(position), keys, rule.dilation)
-            return _attention(q, k[:, :, seen], v[:, :, seen], None, scale)
+            return attention(q, k[:, :, seen], v[:, :, seen], None, score)
         unit = rule.stride * rule.dilation
         first = max(position - rule.reach, 0) // unit * unit  # groups and classes begin where they began
         k, v, position, keys = k[:, :, first:], v[:, :, first:], position - first, keys - first
         if queries > rule.reach:  # at least half of the operator's rows are wanted
-            return self._prefill(F.pad(q, (0, 0, position, 0)), k, v, rule, scale)[:, :, position:]
+            return self._prefill(F.pad(q, (0, 0, position, 0)), k, v, rule, score)[:, :, position:]
         at = torch.arange(keys, device=q.device)
-        return _attention(q, k, v, rule.sees(at[position:, None], at)[None, None], scale)
-
-
-def _padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: CausalKeys, rule: CausalRule, scale: float | None
-) -> torch.Tensor:
-    """Exact under any padding, without reading a value: tiles of queries, the slots they may see, and a mask for them.
-
-    A query that is padding sees its own slot and whatever else the rule leaves it: finite, and of no consequence.
-    """
-    queries, keys = q.shape[2], k.shape[2]
-    position = where.first[:, None] + torch.arange(queries, device=q.device)
-    column = where.column.reshape(()) + torch.arange(queries, device=q.device)
-    tile = min(max(rule.reach, TILE[0]), TILE[1])
-    outs = []
-    for begin in range(0, queries, tile):
-        end = min(begin + tile, queries)
-        width = rule.reach + end - begin
-        slots = torch.arange(keys, device=q.device)
-        tile_k, tile_v, key = k, v, where.positions
-        inside = None
-        if queries == keys:  # then the first query has the first slot
-            span = slice(max(begin - rule.reach, 0), end)
-            slots, tile_k, tile_v, key = slots[span], k[:, :, span], v[:, :, span], key[:, span]
-        elif width < keys:
-            slots = column[begin] - rule.reach + torch.arange(width, device=q.device)
-            inside = (slots >= 0) & (slots < keys)
-            held = slots.clamp(0, keys - 1)
-            tile_k, tile_v, key = k.index_select(2, held), v.index_select(2, held), key.index_select(1, held)
-        seen = rule.sees(position[:, begin:end, None], key[:, None]) & (key >= 0)[:, None]
-        if inside is not None:
-            seen &= inside
-        seen |= slots == column[begin:end, None]
-        outs.append(_attention(q[:, :, begin:end], tile_k, tile_v, seen[:, None], scale))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> torch.Tensor:
-    """SDPA; the query heads of one key head stand as its rows where there is one row each."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads != kv_heads and q.shape[2] == 1:
-        rows = q.reshape(q.shape[0], kv_heads, heads // kv_heads, q.shape[3])
-        return F.scaled_dot_product_attention(rows, k, v, mask, scale=scale).reshape(*q.shape[:3], v.shape[3])
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=heads != kv_heads)
+        return attention(q, k, v, rule.sees(at[position:, None], at)[None, None], score)
 
 
 def _single(name: str, value: Any) -> int:

@@ -10,27 +10,40 @@ import torch
 import torch.utils.checkpoint
 
 import attn_plugins
-from tests.support.matrix import FAMILIES
+from tests.support.matrix import ON_GRID
+from tests.support.tiny import output
 from tests.support.tiny_models import MODELS
 from tests.support.windowed import Windowed
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
+# they call their checkpointing function with keywords, which it does not take: broken without a patch
+CANNOT = {"hunyuan_image", "amused"}
 REENTRANT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
 
 
 def gradients(model: Any, *runs: dict[str, Any]) -> list[torch.Tensor]:
     """The parameters' gradients of the summed squares of several forwards, all done before one backward."""
+    torch.manual_seed(0)  # some drop labels or activations
     model.zero_grad()
     model.train()
-    total = sum(model(**inputs, return_dict=False)[0].square().sum() for inputs in runs)
+    total = sum(output(model, inputs).square().sum() for inputs in runs)
     total.backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_GRID)
 def test_gradients_are_those_of_the_plain_model(family: str) -> None:
     tiny = MODELS[family]
     model = tiny.build()
+    if not model._supports_gradient_checkpointing:
+        with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+            model.enable_gradient_checkpointing()
+        return
+    if family in CANNOT:
+        model.enable_gradient_checkpointing()
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            gradients(model, tiny.inputs(1, 0))
+        return
     runs = tiny.inputs(2, 0), tiny.inputs(1, 1), tiny.inputs(2, 0)  # other grids come between forward and backward
     attn_plugins.patch(model, Windowed(), min_tokens=0)
     plain = gradients(model, *runs)

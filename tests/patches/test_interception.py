@@ -198,7 +198,7 @@ def test_strict_raises_instead() -> None:
     model, inputs = tiny.build(), tiny.inputs(1, 0)
     inputs = {**inputs, "num_frames": None, "height": None, "width": None, "video_coords": torch.zeros(1, 3, 36)}
     attn_plugins.patch(model, Windowed(), strict=True)
-    with pytest.raises(Refused, match="were not given"):
+    with pytest.raises(Refused, match="no raster of frames, rows and columns"):
         forward(model, inputs)
 
 

@@ -87,3 +87,18 @@ class Dense:
 
     def __call__(self, call: Any) -> None:
         return None
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3Text", "GptOss"])
+def test_a_stride_beside_a_sliding_window_leaves_those_layers_dense(architecture: str) -> None:
+    """And only those: the other one of two has no window of its own."""
+    model = tiny(architecture)
+    ids, _ = prompt()
+    with torch.no_grad():
+        dense = model(ids).logits
+        handle = patch(model, 6, 3, layers=[0])
+        with pytest.warns(UserWarning, match="sliding window of the model's own"):
+            assert torch.equal(model(ids).logits, dense)
+        handle.remove()
+        patch(model, 6, 3, layers=[1])
+        assert not torch.equal(model(ids).logits, dense)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import attn_plugins
-from tests.support.matrix import FAMILIES, FULL, PAIRS, SPARSE, method, settings
+from tests.support.matrix import FAMILIES, FULL, ON_GRID, PAIRS, SPARSE, method, settings
 from tests.support.snapshot import snapshot
-from tests.support.tiny_models import MODELS, forward
+from tests.support.tiny_models import MODELS, TinyModel, forward
 from tests.support.windowed import Recording, brute_force, brute_force_mask, shrunk
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
@@ -107,7 +107,7 @@ def test_a_batch_gives_what_its_items_give(name: str, family: str) -> None:
     patch(model, name)
     batch = forward(model, inputs)
     for index in range(2):
-        alone = forward(model, _item(inputs, index))
+        alone = forward(model, _item(inputs, index, tiny))
         torch.testing.assert_close(batch[index : index + 1], alone, atol=2e-6, rtol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_pickled_and_loaded_it_is_patched_and_can_be_unpatched(name: str, family
     assert not _traces(loaded)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_GRID)
 def test_saving_a_patched_model_saves_the_model(family: str, tmp_path: Any) -> None:
     model = MODELS[family].build()
     keys = list(model.state_dict())
@@ -158,7 +158,7 @@ def test_saving_a_patched_model_saves_the_model(family: str, tmp_path: Any) -> N
     assert not _traces(reloaded)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_GRID)
 def test_two_models_do_not_see_each_other(family: str) -> None:
     tiny = MODELS[family]
     one, two, inputs = tiny.build(), tiny.build(), tiny.inputs(1, 0)
@@ -174,7 +174,7 @@ def test_two_models_do_not_see_each_other(family: str) -> None:
     assert not torch.equal(forward(two, inputs), dense)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_GRID)
 def test_an_exception_in_mid_run_leaves_nothing_behind(family: str) -> None:
     tiny = MODELS[family]
     model, inputs = tiny.build(), tiny.inputs(1, 0)
@@ -215,13 +215,20 @@ def _traces(model: torch.nn.Module) -> list[str]:
     return found
 
 
-def _item(inputs: dict[str, Any], index: int) -> dict[str, Any]:
+def _item(inputs: dict[str, Any], index: int, tiny: TinyModel) -> dict[str, Any]:
     """One item of a batch of two."""
 
     def pick(value: Any) -> Any:
         if isinstance(value, dict):
-            return _item(value, index)
+            return {key: pick(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [pick(one) for one in value]
         batched = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 2
         return value[index : index + 1] if batched else value
 
-    return {key: pick(value) for key, value in inputs.items()}
+    def part(name: str, value: Any) -> Any:
+        if name in tiny.per_item:
+            return value[index : index + 1]
+        return value.chunk(2)[index] if name in tiny.per_frame else pick(value)
+
+    return {name: part(name, value) for name, value in inputs.items()}

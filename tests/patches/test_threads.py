@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import attn_plugins
-from tests.support.matrix import FAMILIES
+from tests.support.matrix import ON_GRID
 from tests.support.tiny_models import MODELS, forward
 from tests.support.windowed import Windowed
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_GRID)
 def test_two_threads_two_sizes(family: str) -> None:
     tiny = MODELS[family]
     model = tiny.build()

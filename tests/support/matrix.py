@@ -34,3 +34,5 @@ def fits(method_name: str, family_name: str) -> bool:
 
 
 PAIRS = [pytest.param(m, f, id=f"{m}-{f}") for f in FAMILIES for m in METHODS if fits(m, f)]
+# families of which a method over grids takes something; the others (linear self-attention) have cross-attention alone
+ON_GRID = [family for family in FAMILIES if fits("windowed", family)]

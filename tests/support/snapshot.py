@@ -33,9 +33,14 @@ def snapshot(root: nn.Module) -> dict[str, Any]:
 
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Names and identities; hooks and other dicts by their contents, which is where a trace would be."""
-    return {
-        key: (id(value), {k: id(v) for k, v in value.items()}) if isinstance(value, dict) else id(value)
-        for key, value in attributes.items()
-        if not isinstance(value, (int, float, str))
-    } | {key: value for key, value in attributes.items() if isinstance(value, (int, float, str))}
+    """Names and identities; hooks and other dicts by their contents, which is where a trace would be. Lists by their
+    contents alone: a model may make one anew in each forward (Qwen-Image 2.1)."""
+
+    def row(value: Any) -> Any:
+        if isinstance(value, (int, float, str)):
+            return value
+        if isinstance(value, dict):
+            return id(value), {k: id(v) for k, v in value.items()}
+        return [id(v) for v in value] if type(value) is list else id(value)
+
+    return {key: row(value) for key, value in attributes.items()}

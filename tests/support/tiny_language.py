@@ -8,7 +8,53 @@ import torch
 
 import attn_plugins
 
-ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi3")
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+# X of XConfig, and what it needs beside `tiny`'s own sizes: one for each class that the language rows name
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen2Moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "Qwen3": {"head_dim": 8},
+    "Qwen3Moe": {**_EXPERTS, "head_dim": 8},
+    "Mistral": {"sliding_window": None},
+    "Ministral": {**_MIXED, "head_dim": 8},
+    "Ministral3": {"head_dim": 8},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": 9},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {**_MIXED, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.7},
+    "Gemma3Text": {**_MIXED, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "Phi": {},
+    "Phi3": {},
+    "GptOss": {**_MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GPTNeoX": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "StableLm": {},
+    "Starcoder2": {"sliding_window": 9},
+    "Cohere": {"logit_scale": 1.0},
+    "Cohere2": {**_MIXED, "logit_scale": 1.0},
+    "Olmo": {},
+    "Olmo2": {},
+    "Olmo3": _MIXED,
+    "Glm": {"head_dim": 8},
+    "Glm4": {"head_dim": 8},
+    "Glm4Moe": {**_ROUTED, "head_dim": 8},
+    "SmolLM3": {},
+    "Granite": {},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Exaone4": {**_MIXED, "head_dim": 8},
+    "Ernie4_5": {"head_dim": 8},
+    "Helium": {"head_dim": 8},
+    "HunYuanDenseV1": {"head_dim": 8},
+    "SeedOss": {"head_dim": 8},
+    "Apertus": {},
+    "Nemotron": {},
+}
 
 
 def tiny(architecture: str = "Llama", **options: Any) -> Any:
@@ -16,15 +62,12 @@ def tiny(architecture: str = "Llama", **options: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    if architecture == "Qwen3":
-        options.setdefault("head_dim", 8)
-    if architecture == "Mistral":
-        options.setdefault("sliding_window", None)
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = getattr(transformers, f"{architecture}Config")(**{**sizes, **ARCHITECTURES[architecture], **options})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -54,15 +97,47 @@ def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def expected_logits(model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor, *rule: int | None) -> torch.Tensor:
-    """Logits of an unpatched model that is given the mask as a matrix, with plain ("eager") attention."""
-    before = model.config._attn_implementation
+def expected_logits(
+    model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor, window: int, stride: int = 1, dilation: int = 1
+) -> torch.Tensor:
+    """Logits of an unpatched model that is given the mask as a matrix, with plain ("eager") attention.
+
+    The model's own sliding window, of all layers or of those that its config names, is part of the matrix.
+    """
+
+    def matrix(sliding: int | None) -> torch.Tensor:
+        return additive(visible(attention_mask, window, stride, dilation, sliding), model.dtype)
+
+    config = model.config
+    sliding = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in types:
+        mask: Any = {"sliding_attention": matrix(sliding), "full_attention": matrix(None)}
+    else:
+        mask = matrix(None if types else sliding)
+    before = config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        mask = additive(visible(attention_mask, *rule), model.dtype)
         return model(tokens, attention_mask=mask, position_ids=positions(attention_mask), use_cache=False).logits
     finally:
         model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int, *rule: int) -> tuple[Any, Any]:
+    """Token ids and logits of greedy decoding without a cache, each step from a matrix mask on the unpatched model."""
+    scores = []
+    for _ in range(steps):
+        scores.append(expected_logits(model, ids, mask, *rule)[:, -1])
+        ids = torch.cat([ids, scores[-1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return ids, torch.stack(scores, 1)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+    """Equal where tokens are real: float32 through two layers, logits of size 10."""
+    real = ... if attention_mask is None else attention_mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=5e-5)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

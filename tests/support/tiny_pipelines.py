@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.support import tiny_models
+from tests.support import tiny_image_pipelines, tiny_models
+from tests.support.tiny_image_pipelines import kl_vae
 from tests.support.tiny_text import (
     clip_text_encoder,
     clip_tokenizer,
@@ -17,17 +18,6 @@ from tests.support.tiny_text import (
     t5_encoder,
     t5_tokenizer,
 )
-
-
-def _kl_vae(channels: int = 4, **extra: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=[8, 8], norm_num_groups=4, in_channels=3, out_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=channels,
-        sample_size=32, **extra,
-    ).eval()  # fmt: skip
 
 
 def wan() -> Any:
@@ -97,7 +87,7 @@ def cogvideox() -> Any:
 def flux() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    vae = _kl_vae(1, shift_factor=0.0609, scaling_factor=1.5035, use_quant_conv=False, use_post_quant_conv=False)
+    vae = kl_vae(1, shift_factor=0.0609, scaling_factor=1.5035, use_quant_conv=False, use_post_quant_conv=False)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=clip_text_encoder(),
         tokenizer=clip_tokenizer(), text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
@@ -109,7 +99,7 @@ def sd15() -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        vae=_kl_vae(), text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(), unet=tiny_models.sd15(),
+        vae=kl_vae(), text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(), unet=tiny_models.sd15(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -119,7 +109,7 @@ def sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     return StableDiffusionXLPipeline(
-        vae=_kl_vae(), text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(),
+        vae=kl_vae(), text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(),
         text_encoder_2=clip_text_encoder(32, projection=32), tokenizer_2=clip_tokenizer(), unet=tiny_models.sdxl(),
         scheduler=EulerDiscreteScheduler(), add_watermarker=False,
     )  # fmt: skip
@@ -148,6 +138,7 @@ PIPELINES = {
     "sd15": TinyPipeline(sd15, _PICTURE, (8, 8)),
     "sdxl": TinyPipeline(sdxl, _PICTURE, (8, 8)),
 }
+PIPELINES |= {name: TinyPipeline(*row) for name, row in tiny_image_pipelines.PIPELINES.items()}
 
 
 def build(name: str) -> Any:

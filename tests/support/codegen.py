@@ -1,0 +1,167 @@
+"""The codegen lock: what each Triton kernel of the library compiles to, for each target, precision and head size.
+
+A launch is a function that calls one of the library's own launchers. Lines are made by compiling offline
+(`tools/lock.py`), kept in tests/triton/codegen.csv, and compared in tests/tools/test_lock.py.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from tests.support.offline import TARGETS, offline
+from tests.support.resources import resources
+
+LOCK = Path(__file__).resolve().parent.parent / "triton" / "codegen.csv"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One launch, which may compile several kernels."""
+
+    launch: str
+    target: str
+    dtype: str
+    head_dim: int
+
+
+@dataclass(frozen=True, order=True)
+class Line:
+    """One kernel of a case. `config`: its tile and other constants, warps and stages."""
+
+    launch: str
+    target: str
+    dtype: str
+    head_dim: int
+    kernel: str
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: int
+
+    @property
+    def case(self) -> Case:
+        return Case(self.launch, self.target, self.dtype, self.head_dim)
+
+
+def decode(dtype: torch.dtype, head_dim: int, group: int = 4, positions: bool = True) -> None:
+    """32 rings of 2,048 tokens."""
+    from attn_plugins.ops.decode.inputs import Positions
+    from attn_plugins.ops.decode.triton.launch import forward
+
+    total, kv_heads = 65_536, 32
+    q = torch.empty(1, group * kv_heads, 1, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(1, total, head_dim, dtype=dtype, device="meta")
+    numbers = torch.empty(1, total, dtype=torch.int64, device="meta")
+    ranges = torch.empty(1, kv_heads, 1, 2, dtype=torch.int64, device="meta")
+    rule = Positions(numbers, numbers[:, :1], numbers[0, : q.shape[1]], 64) if positions else None
+    forward(q, k, k, ranges, rule, 0.1)
+
+
+def block_sparse(dtype: torch.dtype, head_dim: int, rule: str) -> None:
+    """Forward and backward over blocks of 128: listed whole, cut by row intervals (windows), or by a mask of bits."""
+    from attn_plugins.ops.block_sparse.triton.launch import backward, forward
+    from attn_plugins.plan.block_plan import BlockPlan
+    from attn_plugins.sequence import Sequence
+
+    blocks = [(start, 128) for start in range(0, 512, 128)]
+    if rule == "whole blocks":
+        plan = BlockPlan.from_lists(blocks, blocks, [[0, 1], [1], [2, 3], [0, 3]])
+    elif rule == "windows":
+        plan = BlockPlan.from_windows(Sequence((512,)), 160, 1, q_tile=(128,), kv_tile=(128,))
+    else:
+        plan = BlockPlan.from_mask(torch.ones(512, 512, dtype=torch.bool).tril(), 128, 128)
+    q, k = (torch.zeros(1, heads, 512, head_dim, dtype=dtype) for heads in (4, 2))
+    out, lse = forward(q, k, k, plan, 0.1)
+    backward(q, None, q, k, k, out, lse, plan, 0.1)
+
+
+LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "decode": decode,
+    "decode, all keys seen": lambda dtype, head_dim: decode(dtype, head_dim, positions=False),
+    "decode, 32 rows": lambda dtype, head_dim: decode(dtype, head_dim, group=32),
+    "block sparse, whole blocks": lambda dtype, head_dim: block_sparse(dtype, head_dim, "whole blocks"),
+    "block sparse, windows": lambda dtype, head_dim: block_sparse(dtype, head_dim, "windows"),
+    "block sparse, bits": lambda dtype, head_dim: block_sparse(dtype, head_dim, "bits"),
+}
+# Launch -> precision -> head sizes. Float16 compiles as bfloat16 does, so that one size of it is enough.
+TABLE = {
+    "decode": {"bf16": (64, 80, 128, 256), "fp16": (128,), "fp32": (64, 128, 256)},
+    "decode, all keys seen": {"bf16": (128,)},
+    "decode, 32 rows": {"bf16": (64, 128)},
+    "block sparse, whole blocks": {"bf16": (64, 128), "fp32": (128,)},
+    "block sparse, windows": {"bf16": (32, 64, 80, 128, 256), "fp16": (128,), "fp32": (64, 128)},
+    "block sparse, bits": {"bf16": (128,)},
+}
+
+
+def cases() -> list[Case]:
+    """The whole table."""
+    rows = [(name, dtype, dim) for name, kinds in TABLE.items() for dtype, dims in kinds.items() for dim in dims]
+    return [Case(name, target, dtype, dim) for name, dtype, dim in rows for target in TARGETS]
+
+
+def compile_case(case: Case) -> list[Line]:
+    """Compile the kernels of a case: one line each, in the order of their launches.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: a kernel wants more shared memory than the target has.
+    """
+    with offline(case.target) as kernels:
+        LAUNCHES[case.launch](DTYPES[case.dtype], case.head_dim)
+    return [Line(*astuple(case), kernel.name, _config(kernel), *astuple(resources(kernel))) for kernel in kernels]
+
+
+def _config(kernel: object) -> str:
+    """Capitalised constants of a kernel by name, then warps and stages."""
+    names = kernel.src.fn.arg_names  # type: ignore[attr-defined]
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}  # type: ignore[attr-defined]
+    shown = [f"{name}={value}" for name, value in constants.items() if name.isupper() and value is not None]
+    metadata = kernel.metadata  # type: ignore[attr-defined]
+    return " ".join([*shown, f"warps={metadata.num_warps}", f"stages={metadata.num_stages}"])
+
+
+def faults(lines: Iterable[Line]) -> list[str]:
+    """What no kernel may do, whatever the lock says: spill, or want more shared memory than the target has."""
+    found = []
+    for line in lines:
+        name = f"{line.kernel} ({line.launch}) for {line.target} {line.dtype} D={line.head_dim}"
+        if line.spills:
+            found.append(f"{name}: {line.spills} spills with {line.config}")
+        if line.shared > TARGETS[line.target][3]:
+            found.append(f"{name}: {line.shared} bytes of shared memory, the target has {TARGETS[line.target][3]}")
+    return found
+
+
+def changes(lines: Iterable[Line], locked: Iterable[Line]) -> list[str]:
+    """Differences to the lock, of the cases that `lines` has."""
+    have, want = list(lines), list(locked)
+    compiled = {line.case for line in have}
+    want = [line for line in want if line.case in compiled]
+    return [f"now:    {line}" for line in have if line not in want] + [
+        f"locked: {line}" for line in want if line not in have
+    ]
+
+
+def read_lock(path: Path = LOCK) -> tuple[str, list[Line]]:
+    """Triton's version and the lines."""
+    kinds = {field.name: int if field.type == "int" else str for field in fields(Line)}
+    with path.open(newline="") as file:
+        version = file.readline().removeprefix("# triton").strip()
+        return version, [
+            Line(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+        ]
+
+
+def write_lock(version: str, lines: Iterable[Line], path: Path = LOCK) -> None:
+    with path.open("w", newline="") as file:
+        file.write(f"# triton {version}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Line)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(line) for line in sorted(lines))
