@@ -1,0 +1,1 @@
+"""How a GPU benchmark is run, whatever it measures: check, time, memory, clocks, rows, table."""
