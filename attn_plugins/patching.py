@@ -15,6 +15,7 @@ from attn_plugins import recipe, record, registry
 from attn_plugins.handle import PatchHandle
 from attn_plugins.method import Method, MethodConfig
 from attn_plugins.patches.family import Site
+from attn_plugins.patches.versions import warn_if_untested
 from attn_plugins.patches.steps import StepClock
 from attn_plugins.record import SITE_ATTRIBUTE, Patched
 from attn_plugins.runtime import Layer, RootState
@@ -159,6 +160,7 @@ def _plan(target: Target, request: _Request) -> Patched:
     from attn_plugins import presets
 
     root, family, _ = target
+    warn_if_untested(family.library)
     if request.recipe_of and request.recipe_of != family.name:
         raise ValueError(
             f"the recipe is for models of {request.recipe_of!r}; {type(root).__name__} is of {family.name!r}"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from attn_plugins.ops.target import kernels_run_on
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_HEAD_DIM = 256  # the largest
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -29,8 +33,19 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them to one device")
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def kernel_refusal(q: torch.Tensor) -> str:
+    """Why Triton kernels cannot take a tensor (B, H, N, D), whatever the device; "" if they can."""
+    if q.dtype not in KERNEL_DTYPES:
+        return f"the kernels compute in {', '.join(str(dtype)[6:] for dtype in KERNEL_DTYPES)}, not {str(q.dtype)[6:]}"
+    if q.shape[-1] > KERNEL_HEAD_DIM:
+        return f"the kernels take head sizes of up to {KERNEL_HEAD_DIM}, not {q.shape[-1]}"
+    return ""
+
+
+def choose_backend(backend: str, device: torch.device, kernels: bool = False, refusal: str = "") -> str:
     """The backend that runs: "auto" is Triton on CUDA and ROCm devices if it is there, else "cpu", which runs anywhere.
+
+    `kernels`: the operator has Triton kernels; `refusal`: why they cannot take this call (`kernel_refusal`).
 
     Raises:
         ValueError: an unknown name, or "triton" where it cannot run.
@@ -38,8 +53,15 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: legal are {', '.join(BACKENDS)}")
     if backend == "triton":
-        raise ValueError("backend='triton': the Triton kernels are not part of this version; use 'auto' or 'cpu'")
-    return "cpu" if backend == "auto" else backend
+        if not kernels or refusal:
+            reason = refusal or "this operator has no Triton kernel for this call"
+            raise ValueError(f"backend='triton': {reason}; use 'auto' or 'cpu'")
+        if not kernels_run_on(device):
+            raise ValueError(f"backend='triton': Triton does not run on {device} here; use 'auto' or 'cpu'")
+        return "triton"
+    if backend == "auto":
+        return "triton" if kernels and not refusal and device.type == "cuda" and kernels_run_on(device) else "cpu"
+    return backend
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

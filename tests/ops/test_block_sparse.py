@@ -199,7 +199,7 @@ Q = torch.zeros(2, 4, 8, 8)
         ((Q[0], Q, Q), PLAN, {}, ValueError, "batch, heads, tokens, head_dim"),
         ((Q, Q[:, :3], Q[:, :3]), PLAN, {}, ValueError, "multiple of the 3 KV heads"),
         ((Q, Q.double(), Q), PLAN, {}, TypeError, "float64"),
-        ((Q, Q, Q), PLAN, {"backend": "triton"}, ValueError, "backend='triton'"),
+        ((Q.double(),) * 3, PLAN, {"backend": "triton"}, ValueError, "backend='triton': .*not float64"),
     ],
 )
 def test_errors(tensors, plan, options, error, named):

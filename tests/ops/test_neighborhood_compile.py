@@ -120,9 +120,9 @@ def test_the_ops_are_sound_for_torch_library(layout):
         tensors = [torch.randn(2, 12, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3)]
     for name, argument in (("block_sparse", [plan.key]), ("neighborhood", spec)):
         op = getattr(torch.ops.attn_plugins, name).default
-        torch.library.opcheck(op, (*tensors, 0.3, argument))
+        torch.library.opcheck(op, (*tensors, 0.3, argument, "cpu"))
         detached = [t.detach() for t in tensors]
-        out, lse = op(*detached, 0.3, argument)
+        out, lse = op(*detached, 0.3, argument, "cpu")
         backward = getattr(torch.ops.attn_plugins, f"{name}_backward").default
         for grad_lse in (None, torch.randn_like(lse)):
-            torch.library.opcheck(backward, (torch.randn_like(out), grad_lse, *detached, out, lse, 0.3, argument))
+            torch.library.opcheck(backward, (torch.randn_like(out), grad_lse, *detached, out, lse, 0.3, argument, "cpu"))

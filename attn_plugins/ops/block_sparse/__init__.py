@@ -8,11 +8,12 @@ import torch
 
 from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import block_sparse_reference
-from attn_plugins.ops.checks import check_qkv, choose_backend, resolve_scale
+from attn_plugins.ops.checks import check_qkv, choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.plan.block_plan import BlockPlan
+from attn_plugins.plan.tables import rule_refusal
 
 
-def _plans_of(spec: Sequence[int], q: torch.Tensor) -> list[tuple[slice, BlockPlan]]:
+def _plans_of(spec: Sequence[int], q: torch.Tensor, backend: str) -> list[tuple[slice, BlockPlan]]:
     return [(slice(None), BlockPlan.by_key(spec[0]))]
 
 
@@ -41,7 +42,8 @@ def block_sparse_attention(
         k, v: (B, H_kv, N_kv, D); H is a multiple of H_kv.
         plan: for N queries and N_kv keys; its lists are shared or per batch item, shared or per query head.
         scale: of the scores; None is D ** -0.5.
-        backend: "auto", "cpu" (plain PyTorch on any device), "reference" (dense, by definition).
+        backend: "auto" ("triton" on CUDA and ROCm, else "cpu"), "triton" (float16, bfloat16, float32; head sizes up to
+            256), "cpu" (plain PyTorch on any device), "reference" (dense, by definition).
         return_lse: also return the log-sum-exp of the scaled scores, (B, H, N), natural log, at least float32. Its
             gradient is right.
 
@@ -59,8 +61,9 @@ def block_sparse_attention(
         if want not in (1, have):
             raise ValueError(f"{have} {name}, but the plan has lists for {want}: it must be that many, or 1 (shared)")
     factor = resolve_scale(scale, q.shape[-1])
-    if choose_backend(backend, q.device) == "reference":
+    chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q) or rule_refusal(plan))
+    if chosen == "reference":
         out, lse = block_sparse_reference(q, k, v, plan, factor)
     else:
-        out, lse = _op(q, k, v, factor, [plan.key])
+        out, lse = _op(q, k, v, factor, [plan.key], chosen)
     return (out, lse) if return_lse else out

@@ -10,6 +10,7 @@ import torch
 from attn_plugins.ops.neighborhood.heads import HeadGroup
 from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.cost import choose_tiles
+from attn_plugins.plan.gpu_tiles import gpu_tiles
 from attn_plugins.plan.neighborhood import cached_neighborhood_plan
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence
@@ -26,17 +27,19 @@ def encode(sequence: Sequence, group: HeadGroup) -> list[int]:
     return [*head, sequence.text_before, sequence.text_after, items, *valid]
 
 
-def plans_of(spec: Rows[int], q: torch.Tensor) -> list[tuple[slice, BlockPlan]]:
+def plans_of(spec: Rows[int], q: torch.Tensor, backend: str) -> list[tuple[slice, BlockPlan]]:
     """The plans of an encoded setting: one for the whole batch, or one for each run of items with equal text lengths.
+
+    Their tiles are those that the backend runs best.
 
     Raises:
         ValueError: a setting that is illegal on its grid.
     """
-    return _plans_of(tuple(int(value) for value in spec), q.element_size())
+    return _plans_of(tuple(int(value) for value in spec), q.element_size(), backend)
 
 
 @functools.lru_cache(maxsize=32)
-def _plans_of(spec: tuple[int, ...], itemsize: int) -> list[tuple[slice, BlockPlan]]:
+def _plans_of(spec: tuple[int, ...], itemsize: int, backend: str) -> list[tuple[slice, BlockPlan]]:
     axes_count, rest = spec[0], spec[1:]
     columns = [rest[i * axes_count : (i + 1) * axes_count] for i in range(5)]
     grid, window, stride, dilation, causal = columns
@@ -48,7 +51,7 @@ def _plans_of(spec: tuple[int, ...], itemsize: int) -> list[tuple[slice, BlockPl
     for last in range(1, items + 1):
         if last == items or lengths[last] != lengths[first]:
             sequence = Sequence(grid, before, after, *lengths[first])
-            tiles = choose_tiles(axes, sum(lengths[first]), itemsize)
+            tiles = gpu_tiles(axes) if backend == "triton" else choose_tiles(axes, sum(lengths[first]), itemsize)
             plan = cached_neighborhood_plan(sequence, axes, tiles.q_tile, tiles.kv_tile)
             parts.append((slice(first, last) if items > 1 else slice(None), plan))
             first = last
