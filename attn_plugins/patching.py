@@ -15,8 +15,8 @@ from attn_plugins import recipe, record, registry
 from attn_plugins.handle import PatchHandle
 from attn_plugins.method import Method, MethodConfig
 from attn_plugins.patches.family import Site
-from attn_plugins.patches.versions import warn_if_untested
 from attn_plugins.patches.steps import StepClock
+from attn_plugins.patches.versions import warn_if_untested
 from attn_plugins.record import SITE_ATTRIBUTE, Patched
 from attn_plugins.runtime import Layer, RootState
 from attn_plugins.schedule import Schedule

@@ -1,8 +1,8 @@
 """Write the tables of methods and models: `python tools/matrix.py [--check]`.
 
-README.md gets the methods and a line per kind of model, docs/models.md the whole matrix. A model stands there because its
-tests passed: docs/models.json, which `make matrix` has the tests write, lists the classes that were patched, run and
-taken back. With --check nothing is written; the exit code is 1 where a file is out of date.
+README.md gets the methods and a line per kind of model, docs/models.md the whole matrix. A model stands there because
+its tests passed: docs/models.json, which `make matrix` has the tests write, lists the classes that were patched, run
+and taken back. With --check nothing is written; the exit code is 1 where a file is out of date.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def models_page() -> str:
         "# Supported models",
         "Written by `make matrix` from the tests that passed, with "
         + " and ".join(f"{name} {version}" for name, version in versions.items())
-        + ": each class was built tiny with random weights, patched, run, compared with dense attention and with a brute "
-        "force of the method's mask, and taken back bit for bit. Released checkpoints were not run. [families.md]"
-        "(families.md) says what the tokens of each are and what stays dense. In a column: which attention of the model "
-        "the method takes, and whether settings for it are shipped.",
+        + ": each class was built tiny with random weights, patched, run, compared with dense attention and with a "
+        "brute force of the method's mask, and taken back bit for bit. Released checkpoints were not run. [families.md]"
+        "(families.md) says what the tokens of each are and what stays dense. In a column: which attention of the "
+        "model the method takes, and whether settings for it are shipped.",
     ]
     for title, families in groups().items():
         rows = []

@@ -43,7 +43,8 @@ class TileChoice:
     """The tiles, and the work they make, in (query, key) pairs of one head.
 
     `pairs`: visited; `sliced`: the same, each at its tile's cost; `masked`: those under a mask; `gathered`: keys
-    fetched, summed over the query tiles; `tiles`, `kinds`: query tiles, and how many of them differ and cannot share a call.
+    fetched, summed over the query tiles; `tiles`, `kinds`: query tiles, and how many of them differ and cannot share
+    a call.
     """
 
     q_tile: tuple[Tile, ...]
@@ -151,8 +152,8 @@ def _axis_work(axis: AxisWindow, tile: Tile, run: int = 1) -> _AxisWork:
         tiles=visits.q.count,
         kinds=np.unique(kinds, axis=1).shape[1],
         sizes=sizes,
-        size_pairs=np.bincount(of_size, weights=pairs),
-        size_queries=np.bincount(of_size, weights=queries),
+        size_pairs=np.bincount(of_size, weights=pairs).astype(np.float64),
+        size_queries=np.bincount(of_size, weights=queries).astype(np.float64),
     )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from attn_plugins.plan.windows import AxisWindow, Ints
 
-
 Tile = int | tuple[int, ...]  # tokens of every tile, or (undilated axes) of each tile
 
 

@@ -125,4 +125,5 @@ def test_the_ops_are_sound_for_torch_library(layout):
         out, lse = op(*detached, 0.3, argument, "cpu")
         backward = getattr(torch.ops.attn_plugins, f"{name}_backward").default
         for grad_lse in (None, torch.randn_like(lse)):
-            torch.library.opcheck(backward, (torch.randn_like(out), grad_lse, *detached, out, lse, 0.3, argument, "cpu"))
+            given = (torch.randn_like(out), grad_lse, *detached, out, lse, 0.3, argument, "cpu")
+            torch.library.opcheck(backward, given)

@@ -2,8 +2,8 @@
 
     pytest tests/patches --models docs/models.json [--write-models]
 
-A class is green if tests of tests/patches patched it and all that did passed. `tools/matrix.py` makes the supported-models
-matrix of it, so a row stands there because its tests passed.
+A class is green if tests of tests/patches patched it and all that did passed. `tools/matrix.py` makes the matrix of
+supported models of it, so a row stands there because its tests passed.
 """
 
 from __future__ import annotations
