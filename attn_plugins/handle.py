@@ -10,6 +10,7 @@ from types import TracebackType
 from torch import nn
 
 from attn_plugins import recipe, record
+from attn_plugins.patches.attention_interface import BEFORE
 from attn_plugins.record import Patched
 
 
@@ -64,7 +65,7 @@ class PatchHandle:
     def explain(self) -> str:
         """Why each layer is sparse or dense, a line each."""
         lines = []
-        for patched in self.patches:
+        for ref, patched in zip(self._roots, self.patches, strict=True):
             schedule, minimum = patched.state.schedule, patched.state.min_tokens
             preset = f", preset {patched.preset}" if patched.preset else ""
             lines.append(f"{patched.method} on {patched.family}{preset}")
@@ -74,6 +75,7 @@ class PatchHandle:
                 lines.append(f"  dense where the grid has fewer than {minimum} tokens")
             lines += [f"  {layer.name}: {layer.kind}, {patched.method}" for layer in patched.layers]
             lines += [f"  {name}: dense, {why}" for name, why in patched.skipped]
+            lines += [f"  dense calls run {name!r}, calls of the method do not" for name in _backends(ref(), patched)]
             lines += [f"  dense so far because {reason}" for reason in sorted(patched.state.warned)]
         return "\n".join(lines)
 
@@ -101,6 +103,19 @@ class PatchHandle:
     def __repr__(self) -> str:
         sites = sum(len(patched.layers) for patched in self.patches)
         return f"<PatchHandle {self.method}: {sites} sites, {'active' if self.active else 'removed'}>"
+
+
+def _backends(root: nn.Module | None, patched: Patched) -> list[str]:
+    """The attention of the patched layers' dense calls, where it is known: a backend that was set in diffusers, the
+    implementation in transformers. Chosen before a patch or after it, it is not lost; nor does it take over."""
+    if root is None:
+        return []
+    names = set()
+    for layer in patched.layers:
+        module = root.get_submodule(layer.name)
+        processor = getattr(module, "processor", None)
+        names.add(getattr(processor, "_attention_backend", None) or module.__dict__.get(BEFORE))
+    return sorted(str(getattr(name, "value", name)) for name in names if name is not None)
 
 
 def _unit(dense_steps: float | int) -> str:

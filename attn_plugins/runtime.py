@@ -76,7 +76,8 @@ class RootState:
         self.in_parts = in_parts
         self.moment = Moment()
         self.warned: set[str] = set()
-        self.text_apart: bool | str = False  # how context parallelism cuts the sequence: see patches/context_parallel
+        self.text_apart: bool | str | None = None  # how context parallelism cuts: see patches/context_parallel.py
+        self.shared_heads: tuple[int, int] | None = None  # this device's share under tensor parallelism, of how many
         self.last_sequence: Sequence | None = None  # of the largest grid; for reports only; any thread's
 
     def enter(self, sequence: Sequence | None, dense: bool, reason: str = UNKNOWN) -> None:

@@ -21,6 +21,7 @@ from attn_plugins.patches.causal_mask import as_matrix, is_ours, make_mask, read
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
 from attn_plugins.patches.processor_swap import LevelHook
+from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import UNKNOWN, Layer, RootState
 
 NAME = "attn_plugins"
@@ -44,11 +45,14 @@ def attention_forward(
             layer.root.refuse(reason)
         else:
             q, k, v = (_by_rows(layer, t) for t in (query, key, value))
+            share, shares = layer.root.shared_heads or (0, 1)
+            heads = query.shape[1]
             out = layer.attend(
                 AttentionCall(
                     q, k, v, layer.kind, layer.root.moment.sequence, scaling, None, causal, dropout,
                     keys=read_mask(given), sliding_window=kwargs.get("sliding_window"),
                     softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+                    first_head=share * heads, layer_heads=shares * heads if shares > 1 else None,
                 )
             )  # fmt: skip
             if out is not None:
@@ -146,11 +150,17 @@ class InterfaceHook:
     """Before each forward of the root: choose our implementation again if someone chose another; read the sequence."""
 
     def __init__(
-        self, read: SequenceReader, state: RootState, owners: list[nn.Module], checkpointing: list[Weakly]
+        self,
+        read: SequenceReader,
+        state: RootState,
+        owners: list[nn.Module],
+        checkpointing: list[Weakly],
+        first: nn.Module,
     ) -> None:
         self.read = read
         self.state = state
         self.owners = owners
+        self.first = first  # of the patched layers
         self.checkpointing = checkpointing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,6 +171,7 @@ class InterfaceHook:
     def __call__(self, root: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for owner in self.owners:
             _choose(owner)
+        self.state.shared_heads = share_of_heads(self.first)
         carry(self.checkpointing, self.state)
         self.state.begin_forward()
         found = self.read(root, args, kwargs)
@@ -245,7 +256,7 @@ class AttentionInterfaceSwap:
             # last, to run first: it forgets the call before, and then pictures enter
             checkpointing = checkpointing_modules(root)
             undo.append(functools.partial(drop, checkpointing, state))
-            hook = InterfaceHook(family.read, state, owners, checkpointing)
+            hook = InterfaceHook(family.read, state, owners, checkpointing, mine[0])
             undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
         except BaseException:
             for step in reversed(undo):

@@ -113,7 +113,7 @@ def exchange(
 
 
 def split(length: int, devices: int) -> tuple[int, ...]:
-    """How diffusers cuts tokens (as `torch.tensor_split`): the first devices get one more where it does not come out."""
+    """How diffusers cuts tokens (as `torch.tensor_split`): where it does not come out, the first get one more."""
     share, rest = divmod(length, devices)
     return tuple(share + (device < rest) for device in range(devices))
 

@@ -53,6 +53,9 @@ def _attend(
     moment = root.moment
     if moment.dense:
         return None
+    if root.shared_heads is not None:
+        share, shares = root.shared_heads
+        first_head, layer_heads = share * query.shape[1], shares * query.shape[1]
     if root.key_padding and layer.on_grid and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         mask = None  # it is in the sequence's valid lengths
     call = AttentionCall(
@@ -116,7 +119,7 @@ def _attend_together(
     if layer.wants_inputs:
         root.refuse("context parallelism: the method reads the layer's input, of which each device holds a part")
         return None
-    found = context_parallel.exchange(parallel_config, query, key, root.moment.sequence, root.text_apart)
+    found = context_parallel.exchange(parallel_config, query, key, root.moment.sequence, bool(root.text_apart))
     if isinstance(found, str):
         root.refuse(found)
         return None
@@ -140,10 +143,27 @@ def _sdpa(
     )
 
 
+def _adapter_dispatch(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """For IP-Adapter's processors: beside the layer's own call they make one for the image prompt: it stays dense."""
+    from diffusers.models import attention_dispatch
+
+    if query.shape[1] != key.shape[1] and _running.layer is not None and _running.layer.on_grid:
+        return attention_dispatch.dispatch_attention_fn(query, key, *args, **kwargs)
+    return _dispatch(query, key, *args, **kwargs)
+
+
+def _adapter_sdpa(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`_adapter_dispatch` for (B, H, N, D)."""
+    if query.shape[2] != key.shape[2] and _running.layer is not None and _running.layer.on_grid:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, *args, **kwargs)
+    return _sdpa(query, key, *args, **kwargs)
+
+
 class _Functional:
     """`torch.nn.functional` with our attention in it."""
 
-    scaled_dot_product_attention = staticmethod(_sdpa)
+    def __init__(self, sdpa: Callable[..., torch.Tensor]) -> None:
+        self.scaled_dot_product_attention = sdpa
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.nn.functional, name)
@@ -155,7 +175,8 @@ def _flux2_cached(*args: Any, **kwargs: Any) -> torch.Tensor:
     return cached_references.attend(*args, **kwargs)
 
 
-_OVERRIDES = {_DISPATCH: _dispatch, "F": _Functional(), "_flux2_kv_causal_attention": _flux2_cached}
+_OVERRIDES = {_DISPATCH: _dispatch, "F": _Functional(_sdpa), "_flux2_kv_causal_attention": _flux2_cached}
+_ADAPTERS = {_DISPATCH: _adapter_dispatch, "F": _Functional(_adapter_sdpa)}
 # processors of diffusers that make a mask of what the sequence tells: the module whose `call` runs in their place
 _LEAN = {"HunyuanVideo15AttnProcessor2_0": "attn_plugins.patches.processors.hunyuan_video15"}
 
@@ -206,7 +227,8 @@ def intercepted(cls: type) -> type:
 def _generate(cls: type) -> type:
     original: Callable[..., Any] = cls.__call__
     lean = _LEAN.get(cls.__name__) if cls.__module__.startswith("diffusers.") else None
-    inner = _rebound(importlib.import_module(lean).call if lean else original)
+    overrides = {**_OVERRIDES, **_ADAPTERS} if "IPAdapter" in cls.__name__ else _OVERRIDES
+    inner = _rebound(importlib.import_module(lean).call if lean else original, overrides)
 
     @functools.wraps(original)  # diffusers filters keyword arguments by this signature
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,10 +261,10 @@ def _generate(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-def _rebound(function: Callable[..., Any]) -> Callable[..., Any]:
+def _rebound(function: Callable[..., Any], overrides: dict[str, Any]) -> Callable[..., Any]:
     assert isinstance(function, types.FunctionType)  # why_not refuses the rest
     names = dict(function.__globals__)
-    names.update({name: value for name, value in _OVERRIDES.items() if name in names})
+    names.update({name: value for name, value in overrides.items() if name in names})
     names.pop("__name__", None)  # with it, Dynamo guards on the real module's globals instead of these
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

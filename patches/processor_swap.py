@@ -14,6 +14,7 @@ from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modu
 from attn_plugins.patches.context_parallel import text_is_apart
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
 from attn_plugins.patches.interception import ORIGINAL, STATE, intercepted, why_not
+from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import Layer, RootState
 
 
@@ -70,7 +71,8 @@ class RootHook:
         state = self.state
         self.swapped.keep(state)
         if getattr(root, "_parallel_config", None) is not None:
-            state.text_apart = text_is_apart(root)
+            state.text_apart = text_is_apart(root) if state.text_apart is None else state.text_apart
+            state.shared_heads = share_of_heads(self.swapped.modules[0])
         carry(self.checkpointing, state)
         state.begin_forward()
         found = self.read(root, args, kwargs)

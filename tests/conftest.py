@@ -51,13 +51,13 @@ def _seed() -> None:
 def interpreted() -> None:
     """Triton's kernels run on CPU tensors, bfloat16 included; skips where they cannot."""
     from attn_plugins.ops.target import triton_target
-    from tests.support.interpreter import interpreting, repair_bfloat16
+    from tests.support.interpreter import interpreting, repair_interpreter
 
     if not interpreting():
         pytest.skip("there is a GPU (tests/gpu is for it): set TRITON_INTERPRET=1 to interpret the kernels instead")
     if triton_target() != "interpreter":
         pytest.skip("triton is not installed")
-    repair_bfloat16()
+    repair_interpreter()
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,10 @@ class GNAProcessor(Processor):
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         sequence = call.sequence
         assert sequence is not None  # Layer.attend calls no processor without one
-        rows = self.config.fit(sequence.grid, call.q.shape[1])
+        heads = call.q.shape[1]
+        rows = self.config.fit(sequence.grid, call.layer_heads or heads)
+        if len(rows) > 1:
+            rows = rows[call.first_head : call.first_head + heads]
         columns = {name: [getattr(row, name) for row in rows] for name in SETTING}
         setting: dict[str, Any] = {name: column if len(column) > 1 else column[0] for name, column in columns.items()}
         out = neighborhood_attention(

@@ -1,7 +1,15 @@
 """The operators. Semantics in each `reference.py`; everything faster is compared with it."""
 
 from attn_plugins.ops.block_sparse import block_sparse_attention
+from attn_plugins.ops.decode import decode_attention
 from attn_plugins.ops.merge import merge_attention_states
 from attn_plugins.ops.neighborhood import neighborhood_attention
+from attn_plugins.ops.spans import span_attention
 
-__all__ = ["block_sparse_attention", "merge_attention_states", "neighborhood_attention"]
+__all__ = [
+    "block_sparse_attention",
+    "decode_attention",
+    "merge_attention_states",
+    "neighborhood_attention",
+    "span_attention",
+]

@@ -45,9 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def place() -> Place:
     """Where to run, by which backend, at which size."""
     if REHEARSAL == "triton":  # interpreted
-        from tests.support.interpreter import repair_bfloat16
+        from tests.support.interpreter import repair_interpreter
 
-        repair_bfloat16()
+        repair_interpreter()
     return Place(torch.device("cpu"), REHEARSAL, tiny=True) if REHEARSAL else Place(torch.device("cuda"), "triton")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,18 +129,17 @@ def test_dense_calls_go_to_the_users_backend(monkeypatch: pytest.MonkeyPatch) ->
     assert [str(getattr(backend, "value", backend)) for backend in seen] == ["_native_math"]
 
 
-def test_context_parallelism_stays_dense() -> None:
-    class Layer0:
-        pass
-
+def test_ring_attention_stays_dense() -> None:
+    """Ulysses does not: tests/distributed/test_ulysses.py."""
     model = wan()
     attn_plugins.patch(model, Windowed())
-    layer = model.blocks[0].attn1.__dict__["_attn_plugins"]
-    interception._running.layer = layer
+    ring = SimpleNamespace(ring_degree=2, ulysses_degree=1, _ulysses_local_rank=0)
+    interception._running.layer = model.blocks[0].attn1.__dict__["_attn_plugins"]
     try:
         q = torch.randn(1, 36, 2, 12)
-        with pytest.warns(UserWarning, match="context parallelism"), pytest.raises(Exception):  # noqa: B017
-            interception._dispatch(q, q, q, parallel_config=Layer0())
+        parallel = SimpleNamespace(context_parallel_config=ring)
+        with pytest.warns(UserWarning, match="ring attention"), pytest.raises(Exception):  # noqa: B017
+            interception._dispatch(q, q, q, parallel_config=parallel)
     finally:
         interception._running.layer = None
 

@@ -1,7 +1,7 @@
 """Triton's interpreter (TRITON_INTERPRET=1), with bfloat16 repaired.
 
 The interpreter keeps bfloat16 as uint16 and computes on the bits: a `tl.dot` of bfloat16 is wrong by 8e+08, in silence.
-`repair_bfloat16` lets every operation of the builder widen such operands to float32 and round its result once, as
+`repair_interpreter` lets every operation of the builder widen such operands to float32 and round its result once, as
 hardware does. Reductions and sorts read the bits past the builder: kernels reduce in float32.
 
 The switch is read when `@triton.jit` decorates, so it must be set before a kernel is imported: tests/conftest.py does,
@@ -38,8 +38,26 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def repair_bfloat16() -> None:
+def repair_interpreter() -> None:
     """Repair the interpreter of this process, once. Imports triton."""
+    _repair_bfloat16()
+    _repair_index()
+
+
+def _repair_index() -> None:
+    """Triton 3.6 makes an int of a one-element array, as for the end of a `range`; NumPy 2.4 no longer allows that."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def _repair_bfloat16() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -121,7 +121,7 @@ def sanitize() -> Iterator[None]:
     def touch(pointers: Any, mask: Any, what: str) -> None:
         addresses = pointers.data
         if mask is not None:
-            addresses, live = np.broadcast_arrays(addresses, mask.data.astype(bool))
+            addresses, live = np.broadcast_arrays(addresses, np.asarray(mask.data, dtype=bool))
             addresses = addresses[live]
         item = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         _, rows, columns = builder.grid_dim
@@ -164,7 +164,7 @@ def sanitize() -> Iterator[None]:
 
 def _poisoned(result: Any, mask: Any) -> Any:
     """The lanes that the mask leaves out as NaN or a huge integer; a bool has no such value."""
-    live = np.broadcast_to(mask.data.astype(bool), result.data.shape)
+    live = np.broadcast_to(np.asarray(mask.data, dtype=bool), result.data.shape)
     bits, kind = result.data.dtype, result.dtype.scalar
     if live.all() or bits.kind not in "fiu":
         return result

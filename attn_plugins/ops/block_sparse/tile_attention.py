@@ -14,17 +14,18 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention. q (B, R, T, D), k and v (B, R, E, D), bias broadcastable to (B, R, T, E) in q's dtype.
 
-    Returns (out (B, R, T, D), lse (B, R, T), at least float32). What a row whose bias is all -inf gives is not defined.
+    `causal` takes the place of a bias: row r sees the keys up to r. Returns (out (B, R, T, D), lse (B, R, T), at least
+    float32). What a row whose bias is all -inf gives is not defined.
     """
     if q.device.type == "cpu":
         q, k, v = _packed(q, k, v)
-        out, lse = _flash(q, k, v, attn_mask=bias, scale=scale)
+        out, lse = _flash(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
     else:
-        scores = _scores(q, k, bias, scale)
+        scores = _scores(q, k, _later_keys(q, k) if causal else bias, scale)
         lse = torch.logsumexp(scores, dim=-1)
         out = torch.exp(scores - _finite(lse)[..., None]).to(v.dtype) @ v
     return out, lse
@@ -40,6 +41,7 @@ def attend_backward(
     lse: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `attend` in q, k, v, for gradients of the output and (or None) of the LSE.
 
@@ -47,10 +49,11 @@ def attend_backward(
     """
     lse = _finite(lse)
     if q.device.type != "cpu":
+        bias = _later_keys(q, k) if causal else bias
         return _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
     if grad_lse is None:
         grad_out, q, k, v, out = _packed(grad_out, q, k, v, out)
-        return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+        return _flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
     # The kernel forms delta = rowsum(grad_out * out); the LSE's gradient enters as delta - grad_lse. One more column
     # (1 in grad_out, -grad_lse in out, 0 in q, k, v) does exactly that and touches nothing else.
     dim = q.shape[-1]
@@ -58,7 +61,7 @@ def attend_backward(
     grad_out, out = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out))
     grad_out[..., dim] = 1
     out[..., dim] = -grad_lse
-    grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+    grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
     return tuple(grad[..., :dim] for grad in grads)
 
 
@@ -70,6 +73,10 @@ def _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale):  # type
     grad_scores = probabilities * ((grad_out @ v.transpose(-1, -2)).to(delta.dtype) - delta[..., None])
     grad_scores, probabilities = (grad_scores * scale).to(q.dtype), probabilities.to(q.dtype)
     return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ grad_out
+
+
+def _later_keys(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.full((q.shape[-2], k.shape[-2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
 
 
 def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -8,10 +8,11 @@ import torch
 
 from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import masked_attention
-from attn_plugins.ops.checks import check_qkv, choose_backend, resolve_scale
+from attn_plugins.ops.checks import check_qkv, choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.ops.neighborhood.heads import HeadGroup, group_heads, kv_heads_of
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask
 from attn_plugins.ops.neighborhood.spec import encode, plans_of
+from attn_plugins.ops.spans.op import attend_spans
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence, text_lengths
 
@@ -47,7 +48,8 @@ def neighborhood_attention(
         text_before, text_after: tokens that see everything and are seen by all: a length, or (B, 2) rows of
             [length, valid]. Padding is seen by none and gives 0. A tensor on a device is read back (a sync).
         scale: of the scores; None is D ** -0.5.
-        backend: "auto", "cpu" (plain PyTorch on any device), "reference" (dense, by definition).
+        backend: "auto" ("triton" on CUDA and ROCm, else "cpu"), "triton" (float16, bfloat16, float32; head sizes up to
+            256), "cpu" (plain PyTorch on any device), "reference" (dense, by definition).
         return_lse: also return the log-sum-exp, (B, H, N), natural log; its gradient is right.
 
     Returns:
@@ -69,33 +71,41 @@ def neighborhood_attention(
         if isinstance(valid, tuple) and len(valid) != q.shape[0]:
             raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
     factor = resolve_scale(scale, q.shape[-1])
-    run = _reference if choose_backend(backend, q.device) == "reference" else _fast
+    chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     groups = group_heads(sequence.grid, q.shape[1], window, stride, dilation, causal)
     if len(groups) == 1:
-        out, lse = run(q, k, v, sequence, groups[0], factor)
+        out, lse = _attend(q, k, v, sequence, groups[0], factor, chosen)
     else:
-        out, lse = _per_group(run, q, k, v, sequence, groups, factor)
+        out, lse = _per_group(q, k, v, sequence, groups, factor, chosen)
     return (out, lse) if return_lse else out
 
 
-def _fast(q, k, v, sequence: Sequence, group: HeadGroup, scale: float):  # type: ignore[no-untyped-def]
-    return _op(q, k, v, scale, encode(sequence, group))
-
-
-def _reference(q, k, v, sequence: Sequence, group: HeadGroup, scale: float):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, sequence: Sequence, group: HeadGroup, scale: float, backend: str):  # type: ignore[no-untyped-def]
+    if backend == "cpu" and _is_span(sequence, group):
+        window = sequence.tokens if group.window[0] == -1 else group.window[0]
+        return attend_spans(q, k, v, None, [window] * q.shape[1], 0, 1, scale)
+    if backend != "reference":
+        return _op(q, k, v, scale, encode(sequence, group), backend)
     axes = axis_windows(sequence.grid, group.window, group.stride, group.dilation, group.causal)
     masks = [neighborhood_mask(sequence.item(b), axes)[None] for b in range(sequence.batch or 1)]
     return masked_attention(q, k, v, torch.stack(masks).to(q.device), scale)
 
 
-def _per_group(run, q, k, v, sequence, groups: list[HeadGroup], scale: float):  # type: ignore[no-untyped-def]
+def _is_span(sequence: Sequence, group: HeadGroup) -> bool:
+    """Whether a (legal) setting is a causal span over a text: that has a form of its own, with fewer masks."""
+    if group.causal != (True,) or not group.stride == group.dilation == (1,) or sequence.length != sequence.tokens:
+        return False
+    return group.window[0] == -1 or 1 <= group.window[0] <= sequence.tokens
+
+
+def _per_group(q, k, v, sequence, groups: list[HeadGroup], scale: float, backend: str):  # type: ignore[no-untyped-def]
     """Heads of one setting together; each group is a problem of its own."""
     order: list[int] = []
     outs, lses = [], []
     for group in groups:
         heads = torch.tensor(group.heads, device=q.device)
         kv = torch.tensor(kv_heads_of(group.heads, q.shape[1], k.shape[1]), device=q.device)
-        out, lse = run(q[:, heads], k[:, kv], v[:, kv], sequence, group, scale)
+        out, lse = _attend(q[:, heads], k[:, kv], v[:, kv], sequence, group, scale, backend)
         order += group.heads
         outs.append(out)
         lses.append(lse)

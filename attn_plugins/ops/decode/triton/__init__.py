@@ -1,0 +1,1 @@
+"""Triton kernels of `decode_attention`: split over the keys, combined by LSE. Imported only where they run."""
