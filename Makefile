@@ -38,7 +38,7 @@ demo: $(READY)
 	$(OFFLINE) $(SPIN) $(BIN)/attn-plugins demo --out $(OUT) $(DEMO)
 
 test: $(READY)
-	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --models docs/models.json
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --models=docs/models.json
 
 check: $(READY) types
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ bench: $(READY)
 
 # The tests of all models write which of them passed; README.md and docs/models.md are made of that.
 matrix: $(READY)
-	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/patches --models docs/models.json --write-models
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/patches --models=docs/models.json --write-models
 	$(BIN)/python tools/matrix.py
 
 # Every Triton kernel compiled for every target, without a GPU: minutes.

@@ -1,6 +1,6 @@
 """Which model classes passed: noted by the tests that patch them, written down or compared at the end of a run.
 
-    pytest tests/patches --models docs/models.json [--write-models]
+    pytest tests/patches --models=docs/models.json [--write-models]
 
 A class is green if tests of tests/patches patched it and all that did passed. `tools/matrix.py` makes the matrix of
 supported models of it, so a row stands there because its tests passed.
