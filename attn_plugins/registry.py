@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 # name -> "module:class"
 BUILTIN_METHODS = {
+    "draft": "attn_plugins.methods.draft:Draft",
     "gna": "attn_plugins.methods.gna:GNA",
+    "moba": "attn_plugins.methods.moba:MoBA",
+    "radial": "attn_plugins.methods.radial:Radial",
+    "sparge": "attn_plugins.methods.sparge:Sparge",
+    "vmoba": "attn_plugins.methods.vmoba:VMoBA",
 }
 # its modules have each a tuple FAMILIES; one whose library is not installed is left out
 FAMILY_PACKAGE = "attn_plugins.patches.families"

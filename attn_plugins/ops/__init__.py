@@ -5,6 +5,7 @@ from attn_plugins.ops.decode import decode_attention
 from attn_plugins.ops.merge import merge_attention_states
 from attn_plugins.ops.neighborhood import neighborhood_attention
 from attn_plugins.ops.spans import span_attention
+from attn_plugins.ops.vmoba import vmoba_attention
 
 __all__ = [
     "block_sparse_attention",
@@ -12,4 +13,5 @@ __all__ = [
     "merge_attention_states",
     "neighborhood_attention",
     "span_attention",
+    "vmoba_attention",
 ]

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import attn_plugins
 from attn_plugins.method import AttentionCall, MethodConfig, Processor, SiteKind
 from attn_plugins.patches import interception
-from tests.support.matrix import METHODS, method, settings
+from tests.support.matrix import METHODS, fits, method, settings
 from tests.support.tiny_models import MODELS, forward, wan
 from tests.support.windowed import Windowed
 
@@ -60,10 +60,14 @@ def fresh_dynamo() -> None:
     counters.clear()
 
 
-@pytest.mark.parametrize("name", ["scaled", *(name for name in METHODS if name != "windowed")])
-@pytest.mark.parametrize(
-    ("family", "in_place"), [("wan", False), ("wan", True), ("sd15", False), ("hunyuan_video", False)]
-)
+MODELS_OF_DEPTH = [("wan", False), ("wan", True), ("sd15", False), ("hunyuan_video", False)]
+# in depth for one of each way of planning; the other methods differ in what they plan
+PLANNERS = [name for name in METHODS if name != "windowed" and fits(name, "wan")]
+DEPTH = [(*row, name) for name in ("scaled", "gna", "vmoba") for row in MODELS_OF_DEPTH]
+DEPTH += [("wan", False, name) for name in PLANNERS if name not in ("gna", "vmoba")]
+
+
+@pytest.mark.parametrize(("family", "in_place", "name"), DEPTH)
 def test_one_graph_and_back(family: str, in_place: bool, name: str) -> None:
     tiny = MODELS[family]
     model, inputs = tiny.build(), tiny.inputs(2, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_plugins
-from tests.support.matrix import FAMILIES, FULL, ON_GRID, PAIRS, SPARSE, method, settings
+from tests.support.matrix import FAMILIES, FULL, ON_GRID, PAIRS, SPARSE, WINDOWS, method, settings
 from tests.support.snapshot import snapshot
 from tests.support.tiny_models import MODELS, TinyModel, forward
 from tests.support.windowed import Recording, brute_force, brute_force_mask, shrunk
@@ -58,7 +58,7 @@ def test_a_full_window_is_dense_attention(name: str, family: str) -> None:
         check_against_brute_force(call, out, call.sequence.grid)
 
 
-@pytest.mark.parametrize(("name", "family"), [p for p in PAIRS if p.values[0] in FULL])
+@pytest.mark.parametrize(("name", "family"), [p for p in PAIRS if p.values[0] in WINDOWS])
 def test_a_small_window_is_what_brute_force_says(name: str, family: str) -> None:
     tiny = MODELS[family]
     model, inputs = tiny.build(), tiny.inputs(2, 1)
@@ -108,7 +108,9 @@ def test_a_batch_gives_what_its_items_give(name: str, family: str) -> None:
     batch = forward(model, inputs)
     for index in range(2):
         alone = forward(model, _item(inputs, index, tiny))
-        torch.testing.assert_close(batch[index : index + 1], alone, atol=2e-6, rtol=1e-5)
+        # Kandinsky 5 rounds q and k to bfloat16 after rotation: a last bit of float32 may tip one over to the next
+        atol = 2e-4 if family == "kandinsky5" else 2e-6
+        torch.testing.assert_close(batch[index : index + 1], alone, atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)

@@ -11,8 +11,23 @@ from attn_plugins.method import Method
 from tests.support.windowed import Windowed
 
 # options that make a method sparse on a tiny grid, and those that make it dense attention; {} where there are none
-SPARSE: dict[str, dict[str, Any]] = {"windowed": {"size": 2}, "gna": {"window": 2, "stride": 1}}
-FULL: dict[str, dict[str, Any]] = {"windowed": {"size": 0}, "gna": {"window": -1}}
+SPARSE: dict[str, dict[str, Any]] = {
+    "windowed": {"size": 2},
+    "gna": {"window": 2, "stride": 1},
+    "vmoba": {"blocks": ((2, 2, 2), (-1, 2, 2), (2, 2, 2)), "k_blocks": 1},
+    "draft": {"pool": (2, 2), "keep": 1},
+    "sparge": {"block": 4, "tau": 0.0},
+    "radial": {"block": 1, "decay": 0.5, "sink": False},
+}
+FULL: dict[str, dict[str, Any]] = {
+    "windowed": {"size": 0},
+    "gna": {"window": -1},
+    "vmoba": {"rule": "threshold", "tau": 1.0},
+    "draft": {"keep": 1.0},
+    "sparge": {"tau": 1.0},
+}
+# those of them that show a window of two tokens an axis, or the whole grid
+WINDOWS = ("windowed", "gna")
 
 FAMILIES = [family.name for family in registry.families() if family.library == "diffusers"]
 METHODS = ["windowed", *(name for name in registry.method_names() if registry.method(name).kind != "module")]

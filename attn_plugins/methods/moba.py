@@ -1,0 +1,93 @@
+"""MoBA: mixture of block attention for language models (arXiv 2502.13189), in the prefill.
+
+A text is cut into blocks; a query `q` sees its own block up to itself, and of the earlier blocks `j` those of the best
+scores `<mean of the keys in j, q>`. The choice is made for every query, as published.
+
+Deviations: steps behind a cache (decoding, chunks of a prompt) stay dense, and so do texts so short that all blocks are
+seen; where the published code leaves the first or last layers dense, give `layers=...`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.ops.vmoba.causal import causal_block_attention
+from attn_plugins.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class MoBAConfig(MethodConfig):
+    """Blocks of a text, and how many of them a query sees.
+
+    Args:
+        block: tokens of a block.
+        k_blocks: blocks that a query sees, its own counted.
+    """
+
+    block: int = 512
+    k_blocks: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("block", "k_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give 1 or more")
+
+
+class MoBAProcessor(Processor):
+    """MoBA where all queries of a text come at once, dense attention elsewhere."""
+
+    def __init__(self, config: MoBAConfig) -> None:
+        self.config = config
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        if not call.causal:
+            return "this attention is not causal"
+        return super().refuses(call)
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        if queries == keys and keys > self.config.block * self.config.k_blocks:
+            return causal_block_attention(
+                call.q, call.k, call.v, block=self.config.block, k_blocks=self.config.k_blocks, scale=call.scale
+            )
+        mask = None
+        if 1 < queries < keys:
+            at = torch.arange(keys, device=call.q.device)
+            mask = at <= at[keys - queries :, None]
+        return F.scaled_dot_product_attention(
+            call.q, call.k, call.v, mask, is_causal=queries == keys, scale=call.scale,
+            enable_gqa=call.q.shape[1] != call.k.shape[1],
+        )  # fmt: skip
+
+    def density(self, sequence: Sequence) -> float:
+        """Share of the dense causal pairs of a prefill."""
+        n, block, most = sequence.length, self.config.block, self.config.k_blocks
+        seen = sum(min(i // block, most - 1) * block + i % block + 1 for i in range(n))
+        return 2 * seen / (n * (n + 1))
+
+
+class MoBA(Method):
+    name = "moba"
+    title = "Mixture of block attention for language models"
+    kind = "sparse"
+    paper = "arXiv 2502.13189"
+    config_class = MoBAConfig
+    sites = frozenset({"causal"})
+    own_settings = frozenset({"block", "k_blocks"})
+
+    def processor(
+        self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "causal"
+    ) -> Processor | None:
+        assert isinstance(config, MoBAConfig)  # patching makes it with config_class
+        return _processor(config)
+
+
+@functools.lru_cache(maxsize=64)
+def _processor(config: MoBAConfig) -> Processor:
+    return MoBAProcessor(config)
