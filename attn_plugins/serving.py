@@ -28,9 +28,8 @@ from attn_plugins.sequence import Sequence
 ENTRY_POINTS = "vllm_omni.sparse_attn"
 LAYERS = 12  # of a model of which nothing is known
 NO_GRID = "the server tells no token grid: set grid=[T, H, W] in the params (one of them may be -1)"
-_read: Any = (
-    WeakTensorKeyDictionary()
-)  # tensor -> (its version, its values): one wait for the device, not one per layer
+# Tensor -> (its version, its values): one wait for the device, not one per layer.
+_read: Any = WeakTensorKeyDictionary()
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""The constants of the CPU cost model (attn_plugins/plan/cost.py), measured on this machine.
+"""PAIR, MASKED and GATHER of the CPU cost model (attn_plugins/plan/cost.py), measured on this machine.
 
     python benchmarks/cpu_primitives.py
 

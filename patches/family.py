@@ -18,6 +18,7 @@ from attn_plugins.runtime import Layer, RootState
 from attn_plugins.sequence import Sequence
 
 Undo = Callable[[], None]
+SitePattern = tuple[str, SiteKind]
 # (root module, positional arguments of its forward, keyword arguments) -> what its self-attention sees, or a sentence
 # that says why that cannot be told
 SequenceReader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], "Sequence | str"]
@@ -72,7 +73,7 @@ class Family:
     title: str
     library: str
     classes: tuple[str, ...]
-    sites: tuple[tuple[str, SiteKind], ...]
+    sites: tuple[SitePattern, ...]
     read: SequenceReader
     interception: Interception
     notes: str = ""

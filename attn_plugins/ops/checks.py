@@ -8,6 +8,7 @@ from attn_plugins.ops.target import kernels_run_on
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
+INTEGERS = (torch.int32, torch.int64)  # of tensors that hold lengths and places
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM = 256  # the largest
 

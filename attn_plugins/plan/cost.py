@@ -1,9 +1,11 @@
 """Which tiles a CPU plan should have: a cost model, not autotuning.
 
-A tile of T queries that gathers E keys costs `E * (T * (slice(T) + masked) + gather)`, and every kind of tile a call.
+A tile of T queries that gathers E keys costs `E * (T * (pair(T) + masked) + gather)`, and every kind of tile a call.
 The kernel works in slices of the queries that grow with T; a mask costs a little on top; fetching and packing a key
 costs as much as some (query, key) pairs, more in half precision, where a pair costs less.
-`benchmarks/cpu_primitives.py` measures all of these; the choice is flat around its optimum.
+
+`benchmarks/cpu_primitives.py` measures PAIR, MASKED and GATHER (of float32 and bfloat16); CALL and REMADE were read off
+profiles of the operator. Nothing timed float64. The choice is flat around its optimum.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from attn_plugins.plan.cuts import cut_axis
 from attn_plugins.plan.partition import Tile, axis_visits
 from attn_plugins.plan.windows import AxisWindow, Ints
 
-SLICES = ((768, 1.02), (192, 1.15), (0, 1.47))  # cost of a pair in tiles of at least so many queries
+SLICES = ((768, 256), (192, 64), (0, 32))  # queries of a problem from which on the kernel takes them so many at a time
+PAIR = {256: 1.02, 64: 1.15, 32: 1.47}  # of a pair, by the queries of a slice
 # By bytes an element, in pairs of large tiles without a mask:
 MASKED = {2: 0.2, 4: 0.09, 8: 0.05}  # of a pair under a mask, besides
 GATHER = {2: 50.0, 4: 25.0, 8: 15.0}  # of a key fetched
 CALL = {2: 250_000.0, 4: 90_000.0, 8: 50_000.0}  # of an attention call
 REMADE = {2: 5.0, 4: 2.5, 8: 1.5}  # of an entry of a mask that is made anew in every run, spread over a few heads
-CHUNK_KEYS = {2: 8192, 4: 4096, 8: 2048}  # gathered in one call, if a tile does not need more
+CHUNK_BYTES = 1 << 20  # of gathered keys and values, per thread: they are read again at once, from a core's own cache
+CHUNK_KEYS = {size: 2 * CHUNK_BYTES // (2 * 64 * size) for size in (2, 4, 8)}  # of two threads, at head size 64
 HEADS = 4  # that go in one call where it is small
 UNEVEN = 0.95  # tiles of different lengths must promise this much: what they cost besides is less well known
 KEPT_BYTES = 32 << 20  # of token numbers and masks that a plan may keep; beyond that they are made anew in each call
@@ -168,7 +172,7 @@ def _choice(rows: Sequence[_AxisWork], text: int, itemsize: int) -> TileChoice:
         functools.reduce(np.multiply.outer, [getattr(row, name) for row in rows])
         for name in ("sizes", "size_pairs", "size_queries")
     )
-    slices = np.select([area >= least for least, _ in SLICES], [cost for _, cost in SLICES])
+    slices = np.select([area >= least for least, _ in SLICES], [PAIR[height] for _, height in SLICES])
     return TileChoice(
         tuple(row.tile for row in rows),
         (1,) * len(rows),

@@ -53,8 +53,9 @@ def pack(
 ) -> Intervals:
     """Intervals from, per axis, key positions (N_kv,) and the first and last position that each query (N,) sees.
 
-    Positions lie in `0..sizes[axis] - 1`, `low` in the same range and `high` not below -1.. it may be below `low`, then
-    nothing is seen. `q_all`, `k_all`: (N,) and (N_kv,) bool, queries that see everything and keys that all see.
+    Positions lie in `0..sizes[axis] - 1`, `low` and `high` in `0..sizes[axis]`: what is below 0 borrows from the next
+    axis. A query whose `high` is below its `low` sees nothing. `q_all`, `k_all`: (N,) and (N_kv,) bool, queries that
+    see everything and keys that all see.
 
     Raises:
         ValueError: axes too long for one integer (more than some 30 million tokens).

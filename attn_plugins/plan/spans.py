@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from attn_plugins.plan.block_plan import BlockPlan
+from attn_plugins.plan.gpu_tiles import KV_STEP, Q_STEP
 
 if TYPE_CHECKING:
     from attn_plugins.plan.intervals import Intervals
 
 BLOCK = 64  # of granularity "block", in tokens
-Q_STEP, KV_STEP = 128, 64  # tokens of a plan's blocks: whole steps of a kernel
 Position = TypeVar("Position", int, torch.Tensor)
 
 
@@ -96,7 +96,7 @@ class SpanMask:
 def span_plan(rule: SpanRule, place: Place, queries: int, keys: int) -> BlockPlan:
     """The plan of `rule` for `queries` queries and `keys` keys of an item whose tokens stand at `place`.
 
-    Padding is in no block, or in a block that sees nothing.
+    Blocks are whole steps of a kernel. Padding is in no block, or in a block that sees nothing.
     """
     a, b = place.rows(queries)
     if a == b:

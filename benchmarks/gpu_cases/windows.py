@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attn_plugins.ops import neighborhood_attention
-from attn_plugins.ops.neighborhood.heads import HeadGroup
+from attn_plugins.ops.neighborhood.heads import HeadSetting
 from attn_plugins.ops.neighborhood.spec import encode, plans_of
 from attn_plugins.plan.partition import AxisTiles, Partition
 from attn_plugins.plan.simulator import simulate
@@ -83,8 +83,8 @@ class WindowCase(Case):
 
     def visited(self, q: torch.Tensor, backend: str) -> float:
         """Density of the plan that the operator makes for these tensors."""
-        group = HeadGroup((0,), self.window, self.stride, (1,) * len(self.grid), (False,) * len(self.grid))
-        parts = plans_of(encode(Sequence(self.grid, 0, self.text), group), q, backend)
+        setting = HeadSetting(self.window, self.stride, (1,) * len(self.grid), (False,) * len(self.grid))
+        parts = plans_of(encode(Sequence(self.grid, 0, self.text), setting), q, backend)
         return sum(plan.density for _, plan in parts) / len(parts)
 
     def _natten(self) -> Built:

@@ -1,149 +1,87 @@
 """Image transformers of diffusers that get packed tokens: FLUX, Qwen-Image and their kin."""
 
-from attn_plugins.method import SiteKind
-from attn_plugins.patches.family import Family
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.family import SitePattern
 from attn_plugins.patches.grids import packed
-from attn_plugins.patches.processor_swap import ProcessorSwap
 
-_SWAP = ProcessorSwap()
-_BOTH: tuple[tuple[str, SiteKind], ...] = ((r"(single_)?transformer_blocks\.\d+\.attn", "joint"),)
+_BOTH: tuple[SitePattern, ...] = ((r"(single_)?transformer_blocks\.\d+\.attn", "joint"),)
 _REFERENCES = "Reference pictures are dense, the picture that is made is sparse."
 _PADDED = "Padded prompts are shorter text, per item."
 
 FAMILIES = (
-    Family(
-        name="flux",
-        title="FLUX.1",
-        library="diffusers",
-        classes=("FluxTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.flux,
-        interception=_SWAP,
-        notes=_REFERENCES,
-    ),
-    Family(
-        name="flux2",
-        title="FLUX.2",
-        library="diffusers",
-        classes=("Flux2Transformer2DModel",),
-        sites=_BOTH,
-        read=packed.flux2,
-        interception=_SWAP,
+    diffusers_family("flux", "FLUX.1", "FluxTransformer2DModel", _BOTH, packed.flux, notes=_REFERENCES),
+    diffusers_family(
+        "flux2",
+        "FLUX.2",
+        "Flux2Transformer2DModel",
+        _BOTH,
+        packed.flux2,
         notes=f"{_REFERENCES} So it is with cached keys (Klein KV).",
     ),
-    Family(
-        name="flux3",
-        title="FLUX.3",
-        library="diffusers",
-        classes=("Flux3Transformer2DModel",),
-        sites=((r"single_transformer_blocks\.\d+\.attn", "joint"), (r"mode_blocks\.image\.\d+\.attn", "self")),
-        read=packed.flux3,
-        interception=_SWAP,
+    diffusers_family(
+        "flux3",
+        "FLUX.3",
+        "Flux3Transformer2DModel",
+        ((r"single_transformer_blocks\.\d+\.attn", "joint"), (r"mode_blocks\.image\.\d+\.attn", "self")),
+        packed.flux3,
         notes=_REFERENCES,
     ),
-    Family(
-        name="chroma",
-        title="Chroma",
-        library="diffusers",
-        classes=("ChromaTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.chroma,
-        interception=_SWAP,
-        notes=_PADDED,
-        extras={"key_padding": True},
+    diffusers_family(
+        "chroma", "Chroma", "ChromaTransformer2DModel", _BOTH, packed.chroma, notes=_PADDED, key_padding=True
     ),
-    Family(
-        name="bria",
-        title="Bria 3.2",
-        library="diffusers",
-        classes=("BriaTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.flux,
-        interception=_SWAP,
+    diffusers_family("bria", "Bria 3.2", "BriaTransformer2DModel", _BOTH, packed.flux),
+    diffusers_family(
+        "bria_fibo", "Bria Fibo", "BriaFiboTransformer2DModel", _BOTH, packed.bria_fibo, notes=_PADDED, key_padding=True
     ),
-    Family(
-        name="bria_fibo",
-        title="Bria Fibo",
-        library="diffusers",
-        classes=("BriaFiboTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.bria_fibo,
-        interception=_SWAP,
-        notes=_PADDED,
-        extras={"key_padding": True},
+    diffusers_family("ovis_image", "Ovis-Image", "OvisImageTransformer2DModel", _BOTH, packed.flux),
+    diffusers_family(
+        "longcat_image", "LongCat-Image", "LongCatImageTransformer2DModel", _BOTH, packed.flux, notes=_REFERENCES
     ),
-    Family(
-        name="ovis_image",
-        title="Ovis-Image",
-        library="diffusers",
-        classes=("OvisImageTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.flux,
-        interception=_SWAP,
-    ),
-    Family(
-        name="longcat_image",
-        title="LongCat-Image",
-        library="diffusers",
-        classes=("LongCatImageTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.flux,
-        interception=_SWAP,
-        notes=_REFERENCES,
-    ),
-    Family(
-        name="krea2",
-        title="Krea 2",
-        library="diffusers",
-        classes=("Krea2Transformer2DModel",),
-        sites=((r"transformer_blocks\.\d+\.attn", "joint"),),
-        read=packed.krea2,
-        interception=_SWAP,
+    diffusers_family(
+        "krea2",
+        "Krea 2",
+        "Krea2Transformer2DModel",
+        ((r"transformer_blocks\.\d+\.attn", "joint"),),
+        packed.krea2,
         notes="Prompts with padding inside of them stay dense.",
-        extras={"key_padding": True},
+        key_padding=True,
     ),
-    Family(
-        name="ideogram4",
-        title="Ideogram 4",
-        library="diffusers",
-        classes=("Ideogram4Transformer2DModel",),
-        sites=((r"layers\.\d+\.attention", "joint"),),
-        read=packed.ideogram4,
-        interception=_SWAP,
+    diffusers_family(
+        "ideogram4",
+        "Ideogram 4",
+        "Ideogram4Transformer2DModel",
+        ((r"layers\.\d+\.attention", "joint"),),
+        packed.ideogram4,
         notes="Prompts with padding before them stay dense.",
-        extras={"key_padding": True, "time_rises": True},
+        key_padding=True,
+        time_rises=True,
     ),
-    Family(
-        name="qwen_image",
-        title="Qwen-Image, Edit, Layered",
-        library="diffusers",
-        classes=("QwenImageTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.qwen_image,
-        interception=_SWAP,
+    diffusers_family(
+        "qwen_image",
+        "Qwen-Image, Edit, Layered",
+        "QwenImageTransformer2DModel",
+        _BOTH,
+        packed.qwen_image,
         notes=f"{_REFERENCES} {_PADDED}",
-        extras={"key_padding": True},
+        key_padding=True,
     ),
-    Family(
-        name="qwen_image21",
-        title="Qwen-Image 2.1",
-        library="diffusers",
-        classes=("QwenImage21Transformer2DModel",),
-        sites=((r"transformer_blocks\.\d+\.attn", "joint"),),
-        read=packed.qwen_image21,
-        interception=_SWAP,
+    diffusers_family(
+        "qwen_image21",
+        "Qwen-Image 2.1",
+        "QwenImage21Transformer2DModel",
+        ((r"transformer_blocks\.\d+\.attn", "joint"),),
+        packed.qwen_image21,
         notes="Prompt and references are dense, the picture that is made is sparse. Its flex processor stays dense.",
-        extras={"key_padding": True, "in_parts": True},
+        key_padding=True,
+        in_parts=True,
     ),
-    Family(
-        name="nucleus_image",
-        title="Nucleus-Image",
-        library="diffusers",
-        classes=("NucleusMoEImageTransformer2DModel",),
-        sites=_BOTH,
-        read=packed.nucleus_image,
-        interception=_SWAP,
+    diffusers_family(
+        "nucleus_image",
+        "Nucleus-Image",
+        "NucleusMoEImageTransformer2DModel",
+        _BOTH,
+        packed.nucleus_image,
         notes="Its text gives keys only.",
-        extras={"key_padding": True},
+        key_padding=True,
     ),
 )

@@ -1,139 +1,114 @@
 """Convolutional UNets of diffusers: one grid per level."""
 
-from attn_plugins.method import SiteKind
-from attn_plugins.patches.family import Family
-from attn_plugins.patches.grids import unet
-from attn_plugins.patches.processor_swap import ProcessorSwap
+from collections.abc import Mapping
+from typing import Any
 
-_SWAP = ProcessorSwap()
-_SITES: tuple[tuple[str, SiteKind], ...] = (
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.family import Family, SequenceReader, SitePattern
+from attn_plugins.patches.grids import unet
+
+MIN_TOKENS = 1024
+_SITES: tuple[SitePattern, ...] = (
     (r".*\.transformer_blocks\.\d+\.attn1", "self"),
     (r".*\.transformer_blocks\.\d+\.attn2", "cross"),
 )
-_EXTRAS = {"levels": {"Transformer2DModel": unet.feature_map}, "min_tokens": 1024}
-_NOTES = "Levels of fewer than min_tokens tokens (1,024) stay dense."
-_ADDED_SITES: tuple[tuple[str, SiteKind], ...] = ((r".*\.attentions\.\d+", "joint"),)
-_ADDED_EXTRAS = {"levels": {_ADDED_SITES[0][0]: unet.feature_map_and_text}, "min_tokens": 1024}
+_LEVELS = {"Transformer2DModel": unet.feature_map}
+_ADDED_SITES: tuple[SitePattern, ...] = ((r".*\.attentions\.\d+", "joint"),)
+_ADDED_LEVELS = {_ADDED_SITES[0][0]: unet.feature_map_and_text}
+
+
+def _family(
+    name: str,
+    title: str,
+    root: str,
+    sites: tuple[SitePattern, ...],
+    levels: Mapping[str, SequenceReader],
+    **config: Any,
+) -> Family:
+    return diffusers_family(
+        name,
+        title,
+        root,
+        sites,
+        unet.by_level,
+        notes=f"Levels of fewer than min_tokens tokens ({MIN_TOKENS:,}) stay dense.",
+        config=config,
+        levels=levels,
+        min_tokens=MIN_TOKENS,
+    )
+
 
 FAMILIES = (
-    Family(
-        name="sd15",
-        title="Stable Diffusion 1.x / 2.x",
-        library="diffusers",
-        classes=("UNet2DConditionModel",),
-        config={"addition_embed_type": None},
-        sites=_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras=_EXTRAS,
+    _family("sd15", "Stable Diffusion 1.x / 2.x", "UNet2DConditionModel", _SITES, _LEVELS, addition_embed_type=None),
+    _family(
+        "sdxl",
+        "Stable Diffusion XL, Kolors",
+        "UNet2DConditionModel",
+        _SITES,
+        _LEVELS,
+        addition_embed_type="text_time",
     ),
-    Family(
-        name="sdxl",
-        title="Stable Diffusion XL, Kolors",
-        library="diffusers",
-        classes=("UNet2DConditionModel",),
-        config={"addition_embed_type": "text_time"},
-        sites=_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras=_EXTRAS,
+    _family(
+        "kandinsky21",
+        "Kandinsky 2.1",
+        "UNet2DConditionModel",
+        _ADDED_SITES,
+        _ADDED_LEVELS,
+        addition_embed_type="text_image",
     ),
-    Family(
-        name="kandinsky21",
-        title="Kandinsky 2.1",
-        library="diffusers",
-        classes=("UNet2DConditionModel",),
-        config={"addition_embed_type": "text_image"},
-        sites=_ADDED_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras=_ADDED_EXTRAS,
+    _family(
+        "kandinsky22",
+        "Kandinsky 2.2",
+        "UNet2DConditionModel",
+        _ADDED_SITES,
+        _ADDED_LEVELS,
+        addition_embed_type="image",
     ),
-    Family(
-        name="kandinsky22",
-        title="Kandinsky 2.2",
-        library="diffusers",
-        classes=("UNet2DConditionModel",),
-        config={"addition_embed_type": "image"},
-        sites=_ADDED_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras=_ADDED_EXTRAS,
+    _family(
+        "deepfloyd_if",
+        "DeepFloyd IF",
+        "UNet2DConditionModel",
+        _ADDED_SITES,
+        _ADDED_LEVELS,
+        addition_embed_type="text",
     ),
-    Family(
-        name="deepfloyd_if",
-        title="DeepFloyd IF",
-        library="diffusers",
-        classes=("UNet2DConditionModel",),
-        config={"addition_embed_type": "text"},
-        sites=_ADDED_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras=_ADDED_EXTRAS,
+    _family(
+        "kandinsky3",
+        "Kandinsky 3",
+        "Kandinsky3UNet",
+        ((r".*\.attentions\.0\.attention", "self"), (r".*\.attentions\.\d+\.attention", "cross")),
+        {"Kandinsky3AttentionBlock": unet.feature_map},
     ),
-    Family(
-        name="kandinsky3",
-        title="Kandinsky 3",
-        library="diffusers",
-        classes=("Kandinsky3UNet",),
-        sites=(
-            (r".*\.attentions\.0\.attention", "self"),
-            (r".*\.attentions\.\d+\.attention", "cross"),
-        ),
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={"levels": {"Kandinsky3AttentionBlock": unet.feature_map}, "min_tokens": 1024},
+    _family(
+        "ddpm",
+        "DDPM, LDM without text",
+        "UNet2DModel",
+        ((r".*\.attentions\.\d+", "self"),),
+        {r".*\.attentions\.\d+": unet.feature_map},
     ),
-    Family(
-        name="ddpm",
-        title="DDPM, LDM without text",
-        library="diffusers",
-        classes=("UNet2DModel",),
-        sites=((r".*\.attentions\.\d+", "self"),),
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={"levels": {r".*\.attentions\.\d+": unet.feature_map}, "min_tokens": 1024},
+    _family(
+        "stable_cascade",
+        "Stable Cascade",
+        "StableCascadeUNet",
+        ((r".*_blocks\.\d+\.\d+\.attention", "joint"),),
+        {"SDCascadeAttnBlock": unet.stable_cascade},
     ),
-    Family(
-        name="stable_cascade",
-        title="Stable Cascade",
-        library="diffusers",
-        classes=("StableCascadeUNet",),
-        sites=((r".*_blocks\.\d+\.\d+\.attention", "joint"),),
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={"levels": {"SDCascadeAttnBlock": unet.stable_cascade}, "min_tokens": 1024},
+    _family(
+        "dreamlite",
+        "DreamLite",
+        "DreamLiteUNetModel",
+        _SITES,
+        {"DreamLiteTransformer2DModel": unet.feature_map},
     ),
-    Family(
-        name="dreamlite",
-        title="DreamLite",
-        library="diffusers",
-        classes=("DreamLiteUNetModel",),
-        sites=_SITES,
-        read=unet.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={**_EXTRAS, "levels": {"DreamLiteTransformer2DModel": unet.feature_map}},
-    ),
-    Family(
-        name="amused",
-        title="aMUSEd",
-        library="diffusers",
-        classes=("UVit2DModel",),
-        sites=(
+    diffusers_family(
+        "amused",
+        "aMUSEd",
+        "UVit2DModel",
+        (
             (r"transformer_layers\.\d+\.attn1", "self"),
             (r"transformer_layers\.\d+\.attn2", "cross"),
             (r"(down|up)_block\.attention_blocks\.\d+\.attn[12]", "cross"),
         ),
-        read=unet.uvit,
-        interception=_SWAP,
+        unet.uvit,
     ),
 )

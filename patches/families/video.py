@@ -1,136 +1,87 @@
 """Video transformers of diffusers; those of the Wan and HunyuanVideo kind, and UNets, have files of their own."""
 
-from attn_plugins.method import SiteKind
-from attn_plugins.patches.family import Family
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.family import SitePattern
 from attn_plugins.patches.grids import video, video_references, video_text, video_unet
-from attn_plugins.patches.processor_swap import ProcessorSwap
 
-_SWAP = ProcessorSwap()
-_CROSS: tuple[str, SiteKind] = (r"transformer_blocks\.\d+\.attn2", "cross")
-_SELF: tuple[str, SiteKind] = (r"transformer_blocks\.\d+\.attn1", "self")
-_JOINT: tuple[str, SiteKind] = (r"transformer_blocks\.\d+\.attn1", "joint")
+_CROSS: SitePattern = (r"transformer_blocks\.\d+\.attn2", "cross")
+_SELF: SitePattern = (r"transformer_blocks\.\d+\.attn1", "self")
+_JOINT: SitePattern = (r"transformer_blocks\.\d+\.attn1", "joint")
 
 FAMILIES = (
-    Family(
-        name="ltx_video",
-        title="LTX-Video",
-        library="diffusers",
-        classes=("LTXVideoTransformer3DModel",),
-        sites=(_SELF, _CROSS),
-        read=video_references.ltx_video,
-        interception=_SWAP,
+    diffusers_family(
+        "ltx_video",
+        "LTX-Video",
+        "LTXVideoTransformer3DModel",
+        (_SELF, _CROSS),
+        video_references.ltx_video,
         notes="Keyframes and clips to begin from are dense, the video is sparse.",
     ),
-    Family(
-        name="ltx2",
-        title="LTX-2",
-        library="diffusers",
-        classes=("LTX2VideoTransformer3DModel",),
-        sites=(_SELF, _CROSS),
-        read=video_references.ltx2,
-        interception=_SWAP,
+    diffusers_family(
+        "ltx2",
+        "LTX-2",
+        "LTX2VideoTransformer3DModel",
+        (_SELF, _CROSS),
+        video_references.ltx2,
         notes="Sound is no site. Keyframes and references are dense; under an IC-LoRA attention mask all is.",
     ),
-    Family(
-        name="cogvideox",
-        title="CogVideoX 1.0 / 1.5",
-        library="diffusers",
-        classes=("CogVideoXTransformer3DModel",),
-        sites=(_JOINT,),
-        read=video_text.cogvideox,
-        interception=_SWAP,
+    diffusers_family(
+        "cogvideox", "CogVideoX 1.0 / 1.5", "CogVideoXTransformer3DModel", (_JOINT,), video_text.cogvideox
     ),
-    Family(
-        name="consisid",
-        title="ConsisID",
-        library="diffusers",
-        classes=("ConsisIDTransformer3DModel",),
-        sites=(_JOINT,),
-        read=video_text.cogvideox,
-        interception=_SWAP,
+    diffusers_family("consisid", "ConsisID", "ConsisIDTransformer3DModel", (_JOINT,), video_text.cogvideox),
+    diffusers_family(
+        "easyanimate", "EasyAnimate 5.1", "EasyAnimateTransformer3DModel", (_JOINT,), video_text.easyanimate
     ),
-    Family(
-        name="easyanimate",
-        title="EasyAnimate 5.1",
-        library="diffusers",
-        classes=("EasyAnimateTransformer3DModel",),
-        sites=(_JOINT,),
-        read=video_text.easyanimate,
-        interception=_SWAP,
-    ),
-    Family(
-        name="mochi",
-        title="Mochi 1",
-        library="diffusers",
-        classes=("MochiTransformer3DModel",),
-        sites=(_JOINT,),
-        read=video_text.hunyuan_video,
-        interception=_SWAP,
+    diffusers_family(
+        "mochi",
+        "Mochi 1",
+        "MochiTransformer3DModel",
+        (_JOINT,),
+        video_text.hunyuan_video,
         notes="Attends item by item, each with its own text length.",
     ),
-    Family(
-        name="cosmos",
-        title="Cosmos 1.0 / Predict 2 / 2.5",
-        library="diffusers",
-        classes=("CosmosTransformer3DModel",),
-        sites=(_SELF, _CROSS),
-        read=video.patched_video,
-        interception=_SWAP,
+    diffusers_family(
+        "cosmos", "Cosmos 1.0 / Predict 2 / 2.5", "CosmosTransformer3DModel", (_SELF, _CROSS), video.patched_video
     ),
-    Family(
-        name="allegro",
-        title="Allegro",
-        library="diffusers",
-        classes=("AllegroTransformer3DModel",),
-        sites=(_SELF, _CROSS),
-        read=video.patched_video,
-        interception=_SWAP,
-    ),
-    Family(
-        name="kandinsky5",
-        title="Kandinsky 5",
-        library="diffusers",
-        classes=("Kandinsky5Transformer3DModel",),
-        sites=(
+    diffusers_family("allegro", "Allegro", "AllegroTransformer3DModel", (_SELF, _CROSS), video.patched_video),
+    diffusers_family(
+        "kandinsky5",
+        "Kandinsky 5",
+        "Kandinsky5Transformer3DModel",
+        (
             (r"visual_transformer_blocks\.\d+\.self_attention", "self"),
             (r"visual_transformer_blocks\.\d+\.cross_attention", "cross"),
         ),
-        read=video.kandinsky5,
-        interception=_SWAP,
+        video.kandinsky5,
         notes="Checkpoints with sparse attention of their own (NABLA) keep it.",
     ),
-    Family(
-        name="kandinsky6",
-        title="Kandinsky 6",
-        library="diffusers",
-        classes=("Kandinsky6Transformer3DModel",),
-        sites=(
+    diffusers_family(
+        "kandinsky6",
+        "Kandinsky 6",
+        "Kandinsky6Transformer3DModel",
+        (
             (r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", "self"),
             (r"visual_transformer_blocks\.\d+\.video_dec_block\.cross_attention", "cross"),
         ),
-        read=video_references.kandinsky6,
-        interception=_SWAP,
+        video_references.kandinsky6,
         notes="Sound is no site. A picture to begin with is dense.",
     ),
-    Family(
-        name="latte",
-        title="Latte",
-        library="diffusers",
-        classes=("LatteTransformer3DModel",),
-        sites=((r"(temporal_)?transformer_blocks\.\d+\.attn1", "self"), _CROSS),
-        read=video.each_frame,
-        interception=_SWAP,
+    diffusers_family(
+        "latte",
+        "Latte",
+        "LatteTransformer3DModel",
+        ((r"(temporal_)?transformer_blocks\.\d+\.attn1", "self"), _CROSS),
+        video.each_frame,
         notes="Frame by frame; its attention over time is 16 tokens, below min_tokens (256).",
-        extras={"inner_levels": {r"temporal_transformer_blocks\.\d+": video_unet.tokens_over_time}, "min_tokens": 256},
+        inner_levels={r"temporal_transformer_blocks\.\d+": video_unet.tokens_over_time},
+        min_tokens=256,
     ),
-    Family(
-        name="sana_video",
-        title="SANA-Video",
-        library="diffusers",
-        classes=("SanaVideoTransformer3DModel",),
-        sites=(_CROSS,),
-        read=video.patched_video,
-        interception=_SWAP,
+    diffusers_family(
+        "sana_video",
+        "SANA-Video",
+        "SanaVideoTransformer3DModel",
+        (_CROSS,),
+        video.patched_video,
         notes="Cross-attention only: its self-attention is linear.",
     ),
 )

@@ -1,24 +1,14 @@
 """HunyuanVideo and its kin: joint attention of video, then text."""
 
-from attn_plugins.patches.family import Family, SequenceReader
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.grids import video_references, video_text
-from attn_plugins.patches.processor_swap import ProcessorSwap
 
-_SWAP = ProcessorSwap()
+_SITES: tuple[SitePattern, ...] = ((r"(single_)?transformer_blocks\.\d+\.attn", "joint"),)
 
 
 def _family(name: str, title: str, root: str, read: SequenceReader, notes: str) -> Family:
-    return Family(
-        name=name,
-        title=title,
-        library="diffusers",
-        classes=(root,),
-        sites=((r"(single_)?transformer_blocks\.\d+\.attn", "joint"),),
-        read=read,
-        interception=_SWAP,
-        notes=notes,
-        extras={"key_padding": True},
-    )
+    return diffusers_family(name, title, root, _SITES, read, notes=notes, key_padding=True)
 
 
 FAMILIES = (

@@ -1,81 +1,61 @@
 """UNets of diffusers for video: attention within a frame, and over time at each place."""
 
-from attn_plugins.method import SiteKind
-from attn_plugins.patches import grids
-from attn_plugins.patches.family import Family
-from attn_plugins.patches.grids import video_unet
-from attn_plugins.patches.processor_swap import ProcessorSwap
+from collections.abc import Mapping
 
-_SWAP = ProcessorSwap()
-_NOTES = "Within a frame; over time alone (16 to 32 tokens), and below 1,024 tokens, it stays dense by min_tokens."
-_SPATIAL: tuple[tuple[str, SiteKind], ...] = (
+from attn_plugins.patches import grids
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.families.unet import MIN_TOKENS
+from attn_plugins.patches.family import Family, SequenceReader, SitePattern
+from attn_plugins.patches.grids import video_unet
+
+_SPATIAL: tuple[SitePattern, ...] = (
     (r".*\.attentions\.\d+\.transformer_blocks\.\d+\.attn1", "self"),
     (r".*\.attentions\.\d+\.transformer_blocks\.\d+\.attn2", "cross"),
 )
-# two self-attentions over time one after the other
-_MOTION_BLOCK = r".*\.motion_modules\.\d+\.transformer_blocks\.\d+"
-_TEMPORAL_BLOCK = r"(transformer_in|.*\.temp_attentions\.\d+)\.transformer_blocks\.\d+"
+_NOTES = (
+    f"Within a frame; over time alone (16 to 32 tokens), and below {MIN_TOKENS:,} tokens, it stays dense by min_tokens."
+)
 
+
+def _family(
+    name: str,
+    title: str,
+    root: str,
+    over_time: str,
+    inner_levels: Mapping[str, SequenceReader],
+    level: str = "Transformer2DModel",
+) -> Family:
+    return diffusers_family(
+        name,
+        title,
+        root,
+        (*_SPATIAL, (over_time, "self")),
+        grids.by_level,
+        notes=_NOTES,
+        levels={level: grids.feature_map},
+        inner_levels=inner_levels,
+        min_tokens=MIN_TOKENS,
+    )
+
+
+def _over_time(block: str) -> tuple[str, dict[str, SequenceReader]]:
+    """Blocks of two self-attentions over time, one after the other: those, and what a block's tokens are."""
+    return block + r"\.attn[12]", {block: video_unet.tokens_over_time}
+
+
+_MOTION = _over_time(r".*\.motion_modules\.\d+\.transformer_blocks\.\d+")
+_TEMPORAL = _over_time(r"(transformer_in|.*\.temp_attentions\.\d+)\.transformer_blocks\.\d+")
 
 FAMILIES = (
-    Family(
-        name="animatediff",
-        title="AnimateDiff",
-        library="diffusers",
-        classes=("UNetMotionModel",),
-        sites=(*_SPATIAL, (_MOTION_BLOCK + r"\.attn[12]", "self")),
-        read=grids.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={
-            "levels": {"Transformer2DModel": grids.feature_map},
-            "inner_levels": {_MOTION_BLOCK: video_unet.tokens_over_time},
-            "min_tokens": 1024,
-        },
-    ),
-    Family(
-        name="text_to_video",
-        title="ModelScope / ZeroScope text to video",
-        library="diffusers",
-        classes=("UNet3DConditionModel",),
-        sites=(*_SPATIAL, (_TEMPORAL_BLOCK + r"\.attn[12]", "self")),
-        read=grids.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={
-            "levels": {"Transformer2DModel": grids.feature_map},
-            "inner_levels": {_TEMPORAL_BLOCK: video_unet.tokens_over_time},
-            "min_tokens": 1024,
-        },
-    ),
-    Family(
-        name="i2vgen_xl",
-        title="I2VGen-XL",
-        library="diffusers",
-        classes=("I2VGenXLUNet",),
-        sites=(*_SPATIAL, (_TEMPORAL_BLOCK + r"\.attn[12]", "self")),
-        read=grids.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={
-            "levels": {"Transformer2DModel": grids.feature_map},
-            "inner_levels": {_TEMPORAL_BLOCK: video_unet.tokens_over_time},
-            "min_tokens": 1024,
-        },
-    ),
-    Family(
-        name="svd",
-        title="Stable Video Diffusion",
-        library="diffusers",
-        classes=("UNetSpatioTemporalConditionModel",),
-        sites=(*_SPATIAL, (r".*\.temporal_transformer_blocks\.\d+\.attn1", "self")),
-        read=grids.by_level,
-        interception=_SWAP,
-        notes=_NOTES,
-        extras={
-            "levels": {"TransformerSpatioTemporalModel": grids.feature_map},
-            "inner_levels": {"TemporalBasicTransformerBlock": video_unet.frames},
-            "min_tokens": 1024,
-        },
+    _family("animatediff", "AnimateDiff", "UNetMotionModel", *_MOTION),
+    _family("text_to_video", "ModelScope / ZeroScope text to video", "UNet3DConditionModel", *_TEMPORAL),
+    _family("i2vgen_xl", "I2VGen-XL", "I2VGenXLUNet", *_TEMPORAL),
+    _family(
+        "svd",
+        "Stable Video Diffusion",
+        "UNetSpatioTemporalConditionModel",
+        r".*\.temporal_transformer_blocks\.\d+\.attn1",
+        {"TemporalBasicTransformerBlock": video_unet.frames},
+        "TransformerSpatioTemporalModel",
     ),
 )

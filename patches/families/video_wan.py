@@ -1,26 +1,14 @@
 """Wan and what is made from it: attention over the video alone, text by cross-attention."""
 
-from attn_plugins.method import SiteKind
-from attn_plugins.patches.family import Family, SequenceReader
+from attn_plugins.patches.diffusers_family import diffusers_family
+from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.grids import video, video_references
-from attn_plugins.patches.processor_swap import ProcessorSwap
 
-_SWAP = ProcessorSwap()
-_CROSS: tuple[str, SiteKind] = (r"(vace_)?blocks\.\d+\.attn2", "cross")
-_SELF: tuple[str, SiteKind] = (r"(vace_)?blocks\.\d+\.attn1", "self")
+_SITES: tuple[SitePattern, ...] = ((r"(vace_)?blocks\.\d+\.attn1", "self"), (r"(vace_)?blocks\.\d+\.attn2", "cross"))
 
 
 def _family(name: str, title: str, root: str, read: SequenceReader = video.patched_video, notes: str = "") -> Family:
-    return Family(
-        name=name,
-        title=title,
-        library="diffusers",
-        classes=(root,),
-        sites=(_SELF, _CROSS),
-        read=read,
-        interception=_SWAP,
-        notes=notes,
-    )
+    return diffusers_family(name, title, root, _SITES, read, notes=notes)
 
 
 FAMILIES = (

@@ -267,7 +267,7 @@ AT = {"key_positions": torch.zeros(1, 10, dtype=torch.int64), "query_positions":
         ((Q, K, K), AT | {"spans": [1, -2]}, ValueError, r"spans=\[1, -2\]: legal is 0 or more"),
         ((Q, K, K), AT | {"spans": [1, 2, 3]}, ValueError, r"one per KV head \(2\) or per query head \(4\)"),
         ((Q, K, K), AT | {"spans": torch.ones(2)}, TypeError, "spans are torch.float32"),
-        ((Q.double(), K.double(), K.double()), {"backend": "triton"}, ValueError, "no Triton kernel for this call"),
+        ((Q.double(), K.double(), K.double()), {"backend": "triton"}, ValueError, "not float64; use 'auto'"),
         ((Q, K, K), {"backend": "flash"}, ValueError, "backend='flash'"),
     ],
 )

@@ -16,6 +16,7 @@ from attn_plugins.plan.cost import (
     HEADS,
     KEPT_BYTES,
     MASKED,
+    PAIR,
     REMADE,
     SLICES,
     choose_tiles,
@@ -48,7 +49,7 @@ def work(axes, text, q_tile, kv_tile):
         keys = int(plan.kv_size[plan.lists[0, 0, row, :count].long()].sum())
         covered += queries
         pairs += queries * keys
-        sliced += queries * keys * next(price for least, price in SLICES if queries >= least)
+        sliced += queries * keys * PAIR[next(height for least, height in SLICES if queries >= least)]
         tiles += 1
         masked += queries * keys * int(plan.full[0, 0, row] < count)
         gathered += keys

@@ -57,6 +57,17 @@ def test_an_empty_interval_sees_nothing():
     assert made.to_mask().tolist() == [[False] * 4, [True] * 4]
 
 
+def test_the_ends_of_the_legal_range_leave_the_axes_beside_alone():
+    """`low` and `high` may be the size itself: 7 has every bit of its field set, 8 one more than the last position."""
+    rows = [((7, 0), (0, 8)), ((0, 8), (7, 0)), ((0, 0), (7, 8)), ((6, 0), (7, 0)), ((0, 7), (0, 8))]
+    ends = torch.tensor(rows).permute(1, 2, 0)  # (low or high, axis, query)
+    places = torch.cartesian_prod(torch.arange(7), torch.arange(8)).T
+    made = pack([*places], [*ends[0]], [*ends[1]], [7, 8])
+    low, high = ends[..., None]
+    assert torch.equal(made.to_mask(), ((low <= places[:, None]) & (places[:, None] <= high)).all(0))
+    assert made.to_mask().sum(1).tolist() == [0, 0, 56, 1, 1]
+
+
 def test_numbers_stay_positive_up_to_31_bits_and_no_further():
     sizes = [1000, 1000, 200]  # 10 + 10 + 8 bits and three guards
     ends = [torch.tensor([0, size - 1]) for size in sizes]

@@ -17,7 +17,7 @@ def expected(rule, place, queries, keys):
 @pytest.mark.parametrize("grain", [1, 64])
 @pytest.mark.parametrize("sink", [0, 5, 64, 100])
 @pytest.mark.parametrize("span", [0, 1, 20, 64, 128, 299, 300])
-def test_the_plan_is_the_rule(span, sink, grain, place, monkeypatch):
+def test_the_plan_is_the_rule(span, sink, grain, place):
     rule = SpanRule.of(span, sink, "token" if grain == 1 else "block")
     queries = 300 - place.start
     plan = span_plan(rule, place, queries, 300)

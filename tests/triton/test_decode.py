@@ -163,8 +163,9 @@ class _Recorder:
 
 def test_what_the_kernels_do_not_take_is_refused():
     q, k = torch.zeros(1, 1, 1, 512), torch.zeros(1, 4, 512)
-    for t, s in ((q, k), (q[..., :8].double(), k[..., :8].double())):
-        with pytest.raises(ValueError, match="no Triton kernel for this call"):
+    large, wide = (q, k, "head sizes of up to 256, not 512"), (q[..., :8].double(), k[..., :8].double(), "not float64")
+    for t, s, named in (large, wide):
+        with pytest.raises(ValueError, match=named):
             decode_attention(t, s, s, ranges=torch.tensor([[[[0, 4]]]]), backend="triton")
 
 

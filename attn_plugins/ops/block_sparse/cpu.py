@@ -16,8 +16,7 @@ from attn_plugins.ops.block_sparse.jobs import Chunk, Part, plan_chunks
 from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
 from attn_plugins.ops.merge import merge_attention_states
 from attn_plugins.plan.block_plan import BlockPlan
-
-CHUNK_BYTES = 1 << 20  # of gathered keys and values, per thread: they are read again at once, from a core's own cache
+from attn_plugins.plan.cost import CHUNK_BYTES
 
 
 def forward(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_plugins.ops.checks import choose_backend, resolve_scale
+from attn_plugins.ops.checks import choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.ops.decode.inputs import Positions, check_inputs, check_positions
-from attn_plugins.ops.decode.op import KERNEL_DTYPES, KERNEL_HEAD_DIM, decode
+from attn_plugins.ops.decode.op import decode
 from attn_plugins.ops.decode.reference import decode_reference
 
 
@@ -60,8 +60,7 @@ def decode_attention(
     check_inputs(q, k, v, ranges)
     positions = check_positions(q, k, ranges.shape[1], key_positions, query_positions, spans, sink)
     factor = resolve_scale(scale, q.shape[-1])
-    fits = q.dtype in KERNEL_DTYPES and q.shape[-1] <= KERNEL_HEAD_DIM
-    chosen = choose_backend(backend, q.device, kernels=fits)
+    chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     if chosen == "reference":
         out, lse = decode_reference(q, k, v, ranges, positions, factor)
     else:

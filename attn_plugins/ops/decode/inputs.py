@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attn_plugins.ops.checks import DTYPES
-
-INTEGERS = (torch.int32, torch.int64)
+from attn_plugins.ops.checks import DTYPES, INTEGERS
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@ import torch
 from attn_plugins.ops.decode import cpu
 from attn_plugins.ops.decode.inputs import Positions
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_HEAD_DIM = 256
-
 _RULE = "Tensor? key_positions, Tensor? query_positions, Tensor? spans, int sink, float scale"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Rows
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import masked_attention
 from attn_plugins.ops.checks import check_qkv, choose_backend, kernel_refusal, resolve_scale
-from attn_plugins.ops.neighborhood.heads import HeadGroup, group_heads, kv_heads_of
+from attn_plugins.ops.heads import attend_by_head
+from attn_plugins.ops.neighborhood.heads import HeadSetting, head_settings
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask
 from attn_plugins.ops.neighborhood.spec import encode, plans_of
 from attn_plugins.ops.spans.op import attend_spans
@@ -72,43 +74,26 @@ def neighborhood_attention(
             raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
     factor = resolve_scale(scale, q.shape[-1])
     chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
-    groups = group_heads(sequence.grid, q.shape[1], window, stride, dilation, causal)
-    if len(groups) == 1:
-        out, lse = _attend(q, k, v, sequence, groups[0], factor, chosen)
-    else:
-        out, lse = _per_group(q, k, v, sequence, groups, factor, chosen)
+    settings = head_settings(sequence.grid, q.shape[1], window, stride, dilation, causal)
+    attend = functools.partial(_attend, sequence=sequence, scale=factor, backend=chosen)
+    out, lse = attend_by_head(q, k, v, settings, attend)
     return (out, lse) if return_lse else out
 
 
-def _attend(q, k, v, sequence: Sequence, group: HeadGroup, scale: float, backend: str):  # type: ignore[no-untyped-def]
-    if backend == "cpu" and _is_span(sequence, group):
-        window = sequence.tokens if group.window[0] == -1 else group.window[0]
+def _attend(q, k, v, setting: HeadSetting, sequence: Sequence, scale: float, backend: str):  # type: ignore[no-untyped-def]
+    if backend == "cpu" and _is_span(sequence, setting):
+        window = sequence.tokens if setting.window[0] == -1 else setting.window[0]
         return attend_spans(q, k, v, None, [window] * q.shape[1], 0, 1, scale)
     if backend != "reference":
-        return _op(q, k, v, scale, encode(sequence, group), backend)
-    axes = axis_windows(sequence.grid, group.window, group.stride, group.dilation, group.causal)
+        return _op(q, k, v, scale, encode(sequence, setting), backend)
+    axes = axis_windows(sequence.grid, setting.window, setting.stride, setting.dilation, setting.causal)
     masks = [neighborhood_mask(sequence.item(b), axes)[None] for b in range(sequence.batch or 1)]
     return masked_attention(q, k, v, torch.stack(masks).to(q.device), scale)
 
 
-def _is_span(sequence: Sequence, group: HeadGroup) -> bool:
+def _is_span(sequence: Sequence, setting: HeadSetting) -> bool:
     """Whether a (legal) setting is a causal span over a text: that has a form of its own, with fewer masks."""
-    if group.causal != (True,) or not group.stride == group.dilation == (1,) or sequence.length != sequence.tokens:
+    window, *others = setting
+    if others != [(1,), (1,), (True,)] or sequence.length != sequence.tokens:
         return False
-    return group.window[0] == -1 or 1 <= group.window[0] <= sequence.tokens
-
-
-def _per_group(q, k, v, sequence, groups: list[HeadGroup], scale: float, backend: str):  # type: ignore[no-untyped-def]
-    """Heads of one setting together; each group is a problem of its own."""
-    order: list[int] = []
-    outs, lses = [], []
-    for group in groups:
-        heads = torch.tensor(group.heads, device=q.device)
-        kv = torch.tensor(kv_heads_of(group.heads, q.shape[1], k.shape[1]), device=q.device)
-        out, lse = _attend(q[:, heads], k[:, kv], v[:, kv], sequence, group, scale, backend)
-        order += group.heads
-        outs.append(out)
-        lses.append(lse)
-    back = torch.tensor([order.index(h) for h in range(q.shape[1])], device=q.device)
-    out = torch.cat(outs, dim=1)[:, back]
-    return torch.empty_like(q).copy_(out), torch.cat(lses, dim=1)[:, back]
+    return window[0] == -1 or 1 <= window[0] <= sequence.tokens

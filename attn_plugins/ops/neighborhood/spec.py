@@ -7,7 +7,8 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from attn_plugins.ops.neighborhood.heads import HeadGroup
+from attn_plugins.ops.heads import equal_runs
+from attn_plugins.ops.neighborhood.heads import HeadSetting
 from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.cost import choose_tiles
 from attn_plugins.plan.gpu_tiles import gpu_tiles
@@ -16,13 +17,13 @@ from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence
 
 
-def encode(sequence: Sequence, group: HeadGroup) -> list[int]:
+def encode(sequence: Sequence, setting: HeadSetting) -> list[int]:
     """[axes, grid.., window.., stride.., dilation.., causal.., text before, after, items, valid before.., after..]"""
     valid: list[int] = []
     items = sequence.batch or 1
     for lengths in (sequence.valid_before, sequence.valid_after):
         valid += list(lengths) if isinstance(lengths, tuple) else [lengths] * items  # type: ignore[list-item]
-    columns = (sequence.grid, group.window, group.stride, group.dilation, map(int, group.causal))
+    columns = (sequence.grid, setting.window, setting.stride, setting.dilation, map(int, setting.causal))
     head = [len(sequence.grid), *(value for column in columns for value in column)]
     return [*head, sequence.text_before, sequence.text_after, items, *valid]
 
@@ -45,14 +46,9 @@ def _plans_of(spec: tuple[int, ...], itemsize: int, backend: str) -> list[tuple[
     grid, window, stride, dilation, causal = columns
     before, after, items, *valid = rest[5 * axes_count :]
     axes = axis_windows(grid, window, stride, dilation, tuple(bool(c) for c in causal))
-    lengths = list(zip(valid[:items], valid[items:], strict=True))
     parts = []
-    first = 0
-    for last in range(1, items + 1):
-        if last == items or lengths[last] != lengths[first]:
-            sequence = Sequence(grid, before, after, *lengths[first])
-            tiles = gpu_tiles(axes) if backend == "triton" else choose_tiles(axes, sum(lengths[first]), itemsize)
-            plan = cached_neighborhood_plan(sequence, axes, tiles.q_tile, tiles.kv_tile)
-            parts.append((slice(first, last) if items > 1 else slice(None), plan))
-            first = last
+    for where, lengths in equal_runs(list(zip(valid[:items], valid[items:], strict=True))):
+        sequence = Sequence(grid, before, after, *lengths)
+        tiles = gpu_tiles(axes) if backend == "triton" else choose_tiles(axes, sum(lengths), itemsize)
+        parts.append((where, cached_neighborhood_plan(sequence, axes, tiles.q_tile, tiles.kv_tile)))
     return parts

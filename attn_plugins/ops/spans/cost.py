@@ -11,14 +11,14 @@ import functools
 from collections.abc import Iterable
 
 from attn_plugins.ops.spans.parts import ALIGNED, Band, Part, corners, edges, history, masked, tiles
+from attn_plugins.plan.cost import SLICES
 from attn_plugins.plan.spans import SpanRule
 
 KEY_SPLIT = 512  # keys that the kernel takes at a time: in a causal call it skips only whole ones
-SLICES = ((768, 256), (192, 64), (0, 32))  # rows of a problem from which on the kernel takes them so many at a time
 CHUNKS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MASKED_ROWS = 512  # up to here all rows may go in one masked call
 
-# By bytes an element:
+# By bytes an element; a pair also by the rows that the kernel takes at a time:
 PAIR = {2: {256: 0.96, 64: 0.85, 32: 0.8}, 4: {256: 0.84, 64: 0.86, 32: 0.97}, 8: {256: 0.9, 64: 0.95, 32: 1.05}}
 MASK = {2: 0.35, 4: 0.2, 8: 0.1}  # of a pair under a mask, besides
 READ = {2: 120.0, 4: 26.0, 8: 15.0}  # of a key of a problem: fetched, and packed in half precision

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from attn_plugins.ops.checks import INTEGERS
 from attn_plugins.plan.spans import SpanRule
 
 GRANULARITIES = ("token", "block")
-INTEGERS = (torch.int32, torch.int64)
 
 
 def check_spans(
