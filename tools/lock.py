@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # for the processes too: interpreted kernels do not compile
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # so that a launch that leaves this to the default is told
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.progress import Progress  # noqa: E402

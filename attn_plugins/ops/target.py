@@ -11,6 +11,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
+# Of every launch. Left out, Triton's version decides whether a product and a sum are one instruction, rounded once (up
+# to 3.9, which warns), or two (announced for 3.10), or an environment variable does: other bits from the same kernel.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def triton_target() -> str | None:
     """ "sm_90", "gfx942", ...; "interpreter" where kernels are interpreted; None where nothing can run a kernel."""

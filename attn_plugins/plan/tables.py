@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from attn_plugins.plan.bits import pack
 from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.intervals import Intervals, window_intervals
 from attn_plugins.plan.pieces import Pieces, cut, upload
 from attn_plugins.plan.rules import BitRule, WindowRule
 
 LONG = 4  # a row of so many times the median work is taken first, before the short rows of any head
+Made = TypeVar("Made")
 KINDS = 4  # of entries: even and whole, even and masked, ragged and whole, ragged and masked
 
 
@@ -54,7 +56,7 @@ class PlanTables:
         device: where everything is.
         q_order, kv_order: (tokens,) int32, or None.
         intervals: of a rule that is row intervals.
-        bits: (B or 1, H or 1, N, N_kv) uint8, of a rule that is a bit mask.
+        mask: (B or 1, H or 1, N, N_kv) bool where the plan has it, of a rule that is a bit mask.
         covers_q, covers_kv: whether the blocks are known to hold every token.
     """
 
@@ -63,7 +65,7 @@ class PlanTables:
     q_order: torch.Tensor | None
     kv_order: torch.Tensor | None
     intervals: Intervals | None
-    bits: torch.Tensor | None
+    mask: torch.Tensor | None
     covers_q: bool
     covers_kv: bool
 
@@ -75,7 +77,16 @@ class PlanTables:
         """Programs own keys and visit queries: for the gradients of k and v."""
         return self._kept(("over_keys", q_step, kv_step), lambda: _over_keys(self, q_step, kv_step))
 
-    def _kept(self, key: tuple[str, int, int], make: Callable[[], Walk]) -> Walk:
+    def bits(self, *, own_keys: bool) -> torch.Tensor | None:
+        """(B or 1, H or 1, own, words) int32: which tokens of the other side each one sees, or is seen by; by place."""
+        if self.mask is None:
+            return None
+        mask, orders = self.mask, (self.plan.q_order, self.plan.kv_order)
+        if own_keys:
+            mask, orders = mask.mT, orders[::-1]
+        return self._kept(("bits", own_keys), lambda: upload(pack(mask, *orders), self.device))
+
+    def _kept(self, key: tuple[str | int, ...], make: Callable[[], Made]) -> Made:
         kept, whole = self.plan.prepared, (self.device, *key)
         if whole not in kept:
             kept[whole] = make()
@@ -119,9 +130,9 @@ def device_tables(plan: BlockPlan, device: torch.device) -> PlanTables:
     if key not in plan.prepared:
         if refusal := rule_refusal(plan):
             raise ValueError(refusal)
-        intervals = bits = None
+        intervals = mask = None
         if isinstance(plan.rule, BitRule):
-            bits = upload(plan.rule.bits, device).view(torch.uint8)
+            mask = plan.rule.bits
         elif plan.rule is not None:
             rule: Any = plan.rule
             made = window_intervals(rule, plan) if isinstance(rule, WindowRule) else rule.intervals(plan)
@@ -129,7 +140,7 @@ def device_tables(plan: BlockPlan, device: torch.device) -> PlanTables:
         q_order, kv_order = (None if t is None else upload(t.int(), device) for t in (plan.q_order, plan.kv_order))
         covers_q = _covers(plan.q_start, plan.q_size, plan.q_length)
         covers_kv = _covers(plan.kv_start, plan.kv_size, plan.kv_length)
-        plan.prepared[key] = PlanTables(plan, device, q_order, kv_order, intervals, bits, covers_q, covers_kv)
+        plan.prepared[key] = PlanTables(plan, device, q_order, kv_order, intervals, mask, covers_q, covers_kv)
     return plan.prepared[key]
 
 

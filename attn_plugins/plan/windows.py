@@ -77,6 +77,17 @@ class AxisWindow:
             self._intervals[length] = (start, end)
         return self._intervals[length]
 
+    def seen_from(self, queries: Ints) -> npt.NDArray[np.bool_]:
+        """(queries, size): the coordinates of the axis that the queries at these coordinates see."""
+        seen = np.zeros((len(queries), self.size), dtype=np.bool_)
+        residue, index = queries % self.dilation, queries // self.dilation
+        for one in range(self.dilation):
+            length = self.class_length(one)
+            start, end = (bound[index[residue == one], None] for bound in self.intervals(length))
+            keys = np.arange(length)
+            seen[residue == one, one :: self.dilation] = (keys >= start) & (keys < end)
+        return seen
+
 
 def axis_windows(
     grid: tuple[int, ...],

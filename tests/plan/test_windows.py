@@ -34,6 +34,13 @@ def test_tables_equal_the_rule_for_every_axis_up_to_16(settings):
             assert table_keys(axis, x) == axis_keys(x, **options), (options, x)
 
 
+def test_what_some_queries_see_is_their_rows_of_the_rule():
+    for options in legal_axes(10):
+        queries = np.array([options["size"] - 1, 0, options["size"] // 2])
+        seen = AxisWindow(**options).seen_from(queries)
+        assert np.array_equal(seen, axis_table(**options).numpy()[queries]), options
+
+
 def test_the_reference_mask_equals_the_rule_for_every_axis_up_to_10():
     for options in legal_axes(10):
         assert torch.equal(axis_mask(AxisWindow(**options)), axis_table(**options)), options

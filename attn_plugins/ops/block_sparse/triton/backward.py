@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_plugins.ops.block_sparse.triton.masks import key_side, query_side, sees
+from attn_plugins.ops.block_sparse.triton.masks import own_side, sees
 from attn_plugins.ops.block_sparse.triton.tiles import (
+    RUNTIME,
     entry_at,
     list_of,
     own_rows,
@@ -47,7 +48,7 @@ def delta_kernel(
 
 
 @triton.jit
-def _statistics(lse, delta, tokens, inside):
+def statistics(lse, delta, tokens, inside):
     """LSE and delta of these rows; +inf and 0 where a row saw nothing, or is none."""
     row_lse = tl.load(lse + tokens, mask=inside, other=float("-inf"))
     blind = row_lse == float("-inf")
@@ -56,7 +57,7 @@ def _statistics(lse, delta, tokens, inside):
 
 
 @triton.jit
-def _probabilities(scores, row_lse, scale, FLOAT32: tl.constexpr):
+def probabilities(scores, row_lse, scale, FLOAT32: tl.constexpr):
     if FLOAT32:
         p = power(scores * scale - row_lse, FLOAT32)
     else:
@@ -64,15 +65,13 @@ def _probabilities(scores, row_lse, scale, FLOAT32: tl.constexpr):
     return p
 
 
-@triton.jit(
-    do_not_specialize=["work_b", "work_h", "list_b", "list_h", "q_length", "kv_length", "rows", "lead", "guards"]
-)
+@triton.jit(do_not_specialize=RUNTIME)
 def grad_q_kernel(
     grad_out, q, k, v, lse, delta, grad_q,
     work, entries, pattern, q_order, kv_order, q_intervals, k_intervals, bits,
     grad_b, grad_h, grad_n, grad_d, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     gq_b, gq_h, gq_n, gq_d,
-    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_q, bits_k,
+    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_row,
     heads, group, q_length, kv_length, rows, lead, guards, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULED: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +91,7 @@ def grad_q_kernel(
     q_places, q_tokens, q_inside = own_tokens(line, q_order, BLOCK_M)
     q_tile = read_rows(q + b * q_b + h * q_h, q_tokens, q_inside, q_n, q_d, D, WIDTH)
     grad_tile = read_rows(grad_out + b * grad_b + h * grad_h, q_tokens, q_inside, grad_n, grad_d, D, WIDTH)
-    row_lse, row_delta = _statistics(lse + at, delta + at, q_tokens, q_inside)
+    row_lse, row_delta = statistics(lse + at, delta + at, q_tokens, q_inside)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
 
@@ -104,24 +103,23 @@ def grad_q_kernel(
         k_tile = read_rows(k, tokens, None, k_n, k_d, D, WIDTH)
         v_tile = read_rows(v, tokens, None, v_n, v_d, D, WIDTH)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        p = _probabilities(scores, row_lse[:, None], scale, FLOAT32)
+        p = probabilities(scores, row_lse[:, None], scale, FLOAT32)
         grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
         grad_s = p * (grad_p - row_delta[:, None])
         acc = tl.dot(grad_s.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
-    q_one, q_other = query_side(q_intervals, bits, q_length, q_places, q_tokens, q_inside, bits_q)
     if RULED:
+        one, other = own_side(q_intervals, q_length, bits_row, q_places, q_inside)
         token, place = entry_at(entries, even, masked)
         for i in range(even, masked):
             tokens = token + apart
-            places = place + n
+            here = place
             token, place = entry_at(entries, i + 1, masked)
             k_tile = read_rows(k, tokens, None, k_n, k_d, D, WIDTH)
             v_tile = read_rows(v, tokens, None, v_n, v_d, D, WIDTH)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            k_one, k_other = key_side(k_intervals, bits, kv_length, places, tokens, n >= 0, bits_k)
-            seen = sees(q_intervals, bits, guards, q_one[:, None], q_other[:, None], k_one[None, :], k_other[None, :])
-            p = tl.where(seen, _probabilities(scores, row_lse[:, None], scale, FLOAT32), 0.0)
+            seen = sees(one, other, k_intervals, bits, guards, kv_length, bits_row, here, n >= 0, BLOCK_N, False)
+            p = tl.where(seen, probabilities(scores, row_lse[:, None], scale, FLOAT32), 0.0)
             grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
             grad_s = p * (grad_p - row_delta[:, None])
             acc = tl.dot(grad_s.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
@@ -129,17 +127,15 @@ def grad_q_kernel(
     for i in range(masked, last):
         number, place = entry_at(entries, i, last)
         inside = n < number
-        places = place + n
-        tokens = tokens_at(kv_order, places, inside)
+        tokens = tokens_at(kv_order, place + n, inside)
         k_tile = read_rows(k, tokens, inside, k_n, k_d, D, WIDTH)
         v_tile = read_rows(v, tokens, inside, v_n, v_d, D, WIDTH)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         seen = inside[None, :]
         if RULED:
-            k_one, k_other = key_side(k_intervals, bits, kv_length, places, tokens, inside, bits_k)
-            ruled = sees(q_intervals, bits, guards, q_one[:, None], q_other[:, None], k_one[None, :], k_other[None, :])
+            ruled = sees(one, other, k_intervals, bits, guards, kv_length, bits_row, place, inside, BLOCK_N, False)
             seen = seen & (ruled | (i < whole))
-        p = tl.where(seen, _probabilities(scores, row_lse[:, None], scale, FLOAT32), 0.0)
+        p = tl.where(seen, probabilities(scores, row_lse[:, None], scale, FLOAT32), 0.0)
         grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
         grad_s = p * (grad_p - row_delta[:, None])
         acc = tl.dot(grad_s.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
@@ -148,15 +144,13 @@ def grad_q_kernel(
     write_rows(grad_q + b * gq_b + h * gq_h, q_tokens, q_inside, gq_n, gq_d, acc * scale, D, WIDTH)
 
 
-@triton.jit(
-    do_not_specialize=["work_b", "work_h", "list_b", "list_h", "q_length", "kv_length", "rows", "lead", "guards"]
-)
+@triton.jit(do_not_specialize=RUNTIME)
 def grad_kv_kernel(
     grad_out, q, k, v, lse, delta, grad_k, grad_v,
     work, entries, pattern, q_order, kv_order, q_intervals, k_intervals, bits,
     grad_b, grad_h, grad_n, grad_d, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
-    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_q, bits_k,
+    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_row,
     kv_heads, group, q_length, kv_length, rows, lead, guards, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULED: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +172,8 @@ def grad_kv_kernel(
     k_places, k_tokens, k_inside = own_tokens(line, kv_order, BLOCK_N)
     k_tile = read_rows(k + b * k_b + kv_head * k_h, k_tokens, k_inside, k_n, k_d, D, WIDTH)
     v_tile = read_rows(v + b * v_b + kv_head * v_h, k_tokens, k_inside, v_n, v_d, D, WIDTH)
-    k_one, k_other = key_side(k_intervals, bits, kv_length, k_places, k_tokens, k_inside, bits_k)
+    if RULED:
+        one, other = own_side(k_intervals, kv_length, bits_row, k_places, k_inside)
     acc_k = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     acc_v = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
@@ -197,9 +192,9 @@ def grad_kv_kernel(
             token, place = entry_at(listed, i + 1, even)
             q_tile = read_rows(q + h * q_h, tokens, None, q_n, q_d, D, WIDTH)
             grad_tile = read_rows(grad_out + h * grad_h, tokens, None, grad_n, grad_d, D, WIDTH)
-            row_lse, row_delta = _statistics(lse + at, delta + at, tokens, m >= 0)
+            row_lse, row_delta = statistics(lse + at, delta + at, tokens, m >= 0)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            p = _probabilities(scores, row_lse[None, :], scale, FLOAT32)
+            p = probabilities(scores, row_lse[None, :], scale, FLOAT32)
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
             grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
             grad_s = p * (grad_p - row_delta[None, :])
@@ -209,17 +204,14 @@ def grad_kv_kernel(
             token, place = entry_at(listed, even, masked)
             for i in range(even, masked):
                 tokens = token + apart
-                places = place + m
+                here = place
                 token, place = entry_at(listed, i + 1, masked)
                 q_tile = read_rows(q + h * q_h, tokens, None, q_n, q_d, D, WIDTH)
                 grad_tile = read_rows(grad_out + h * grad_h, tokens, None, grad_n, grad_d, D, WIDTH)
-                row_lse, row_delta = _statistics(lse + at, delta + at, tokens, m >= 0)
+                row_lse, row_delta = statistics(lse + at, delta + at, tokens, m >= 0)
                 scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                q_one, q_other = query_side(q_intervals, bits, q_length, places, tokens, m >= 0, bits_q)
-                seen = sees(
-                    q_intervals, rule, guards, q_one[None, :], q_other[None, :], k_one[:, None], k_other[:, None]
-                )
-                p = tl.where(seen, _probabilities(scores, row_lse[None, :], scale, FLOAT32), 0.0)
+                seen = sees(one, other, q_intervals, rule, guards, q_length, bits_row, here, m >= 0, BLOCK_M, True)
+                p = tl.where(seen, probabilities(scores, row_lse[None, :], scale, FLOAT32), 0.0)
                 acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
                 grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
                 grad_s = p * (grad_p - row_delta[None, :])
@@ -228,18 +220,14 @@ def grad_kv_kernel(
         for i in range(masked, last):
             number, place = entry_at(listed, i, last)
             inside = m < number
-            places = place + m
-            tokens = tokens_at(q_order, places, inside)
+            tokens = tokens_at(q_order, place + m, inside)
             q_tile = read_rows(q + h * q_h, tokens, inside, q_n, q_d, D, WIDTH)
             grad_tile = read_rows(grad_out + h * grad_h, tokens, inside, grad_n, grad_d, D, WIDTH)
-            row_lse, row_delta = _statistics(lse + at, delta + at, tokens, inside)
+            row_lse, row_delta = statistics(lse + at, delta + at, tokens, inside)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            p = _probabilities(scores, row_lse[None, :], scale, FLOAT32)  # 0 in rows that are not inside
+            p = probabilities(scores, row_lse[None, :], scale, FLOAT32)  # 0 in rows that are not inside
             if RULED:
-                q_one, q_other = query_side(q_intervals, bits, q_length, places, tokens, inside, bits_q)
-                seen = sees(
-                    q_intervals, rule, guards, q_one[None, :], q_other[None, :], k_one[:, None], k_other[:, None]
-                )
+                seen = sees(one, other, q_intervals, rule, guards, q_length, bits_row, place, inside, BLOCK_M, True)
                 p = tl.where(seen | (i < whole), p, 0.0)
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
             grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")

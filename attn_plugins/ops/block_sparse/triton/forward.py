@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_plugins.ops.block_sparse.triton.masks import key_side, query_side, sees
+from attn_plugins.ops.block_sparse.triton.masks import own_side, sees
 from attn_plugins.ops.block_sparse.triton.tiles import (
+    RUNTIME,
     entry_at,
     list_of,
     own_rows,
@@ -23,7 +24,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _soften(scores, total, top, FLOAT32: tl.constexpr):
+def soften(scores, total, top, FLOAT32: tl.constexpr):
     """One step of the online softmax where scores may be -inf, even all that a row has had so far."""
     new = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(new == float("-inf"), 0.0, new)
@@ -32,14 +33,12 @@ def _soften(scores, total, top, FLOAT32: tl.constexpr):
     return p, shrink, total * shrink + tl.sum(p, 1), new
 
 
-@triton.jit(
-    do_not_specialize=["work_b", "work_h", "list_b", "list_h", "q_length", "kv_length", "rows", "lead", "guards"]
-)
+@triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     q, k, v, out, lse,  # (B, H, N, D), (B, H_kv, N_kv, D) twice, (B, H, N, D), (B, H, N) contiguous
     work, entries, pattern, q_order, kv_order, q_intervals, k_intervals, bits,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, out_b, out_h, out_n, out_d,
-    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_q, bits_k,
+    work_b, work_h, list_b, list_h, bits_b, bits_h, bits_row,
     heads, group, q_length, kv_length, rows, lead, guards, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RULED: tl.constexpr, FALLING: tl.constexpr,
@@ -80,34 +79,31 @@ def forward_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
         top = new
 
-    q_one, q_other = query_side(q_intervals, bits, q_length, q_places, q_tokens, q_inside, bits_q)
     if RULED:
+        one, other = own_side(q_intervals, q_length, bits_row, q_places, q_inside)
         token, place = entry_at(entries, even, masked)
         for i in range(even, masked):
             tokens = token + apart
-            places = place + n
+            here = place
             token, place = entry_at(entries, i + 1, masked)
             k_tile = read_rows(k, tokens, None, k_n, k_d, D, WIDTH)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-            k_one, k_other = key_side(k_intervals, bits, kv_length, places, tokens, n >= 0, bits_k)
-            seen = sees(q_intervals, bits, guards, q_one[:, None], q_other[:, None], k_one[None, :], k_other[None, :])
-            p, shrink, total, top = _soften(tl.where(seen, scores, float("-inf")), total, top, FLOAT32)
+            seen = sees(one, other, k_intervals, bits, guards, kv_length, bits_row, here, n >= 0, BLOCK_N, False)
+            p, shrink, total, top = soften(tl.where(seen, scores, float("-inf")), total, top, FLOAT32)
             v_tile = read_rows(v, tokens, None, v_n, v_d, D, WIDTH)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
 
     for i in range(masked, last):
         number, place = entry_at(entries, i, last)
         inside = n < number
-        places = place + n
-        tokens = tokens_at(kv_order, places, inside)
+        tokens = tokens_at(kv_order, place + n, inside)
         k_tile = read_rows(k, tokens, inside, k_n, k_d, D, WIDTH)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         seen = inside[None, :]
         if RULED:
-            k_one, k_other = key_side(k_intervals, bits, kv_length, places, tokens, inside, bits_k)
-            ruled = sees(q_intervals, bits, guards, q_one[:, None], q_other[:, None], k_one[None, :], k_other[None, :])
+            ruled = sees(one, other, k_intervals, bits, guards, kv_length, bits_row, place, inside, BLOCK_N, False)
             seen = seen & (ruled | (i < whole))
-        p, shrink, total, top = _soften(tl.where(seen, scores, float("-inf")), total, top, FLOAT32)
+        p, shrink, total, top = soften(tl.where(seen, scores, float("-inf")), total, top, FLOAT32)
         v_tile = read_rows(v, tokens, inside, v_n, v_d, D, WIDTH)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
 

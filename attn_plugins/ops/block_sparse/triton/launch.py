@@ -9,7 +9,7 @@ from attn_plugins.ops.block_sparse.triton import configs
 from attn_plugins.ops.block_sparse.triton.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attn_plugins.ops.block_sparse.triton.configs import Config
 from attn_plugins.ops.block_sparse.triton.forward import forward_kernel
-from attn_plugins.ops.target import on_device, triton_target
+from attn_plugins.ops.target import OPTIONS, on_device, triton_target
 from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.tables import PlanTables, Walk, device_tables
 
@@ -22,7 +22,7 @@ def forward(
     """q (B, H, N, D), k and v (B, H_kv, N_kv, D) to the output, in q's memory layout, and the LSE (B, H, N) float32."""
     tables = device_tables(plan, q.device)
     config = config or config_of("forward", q, plan)
-    walk = tables.over_queries(config.block_m, config.block_n)
+    walk, bits = tables.over_queries(config.block_m, config.block_n), tables.bits(own_keys=False)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not tables.covers_q:
@@ -31,9 +31,9 @@ def forward(
     with on_device(q):
         forward_kernel[walk.rows * q.shape[0] * q.shape[1],](
             q, k, v, out, lse,
-            *_tables(tables, walk),
+            *_tables(tables, walk, bits),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            *_table_strides(tables, walk),
+            *_table_strides(walk, bits),
             q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], walk.rows, walk.lead, _guards(tables),
             scale,
             **_shape(q, plan, config), FALLING=scale < 0,
@@ -55,7 +55,7 @@ def backward(
     config_kv: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, in their own layouts, for gradients of the output and (or None) of the LSE."""
-    delta = _delta(grad_out, out, grad_lse)
+    delta = row_deltas(grad_out, out, grad_lse)
     tables = device_tables(plan, q.device)
     grads = tuple(
         torch.empty_like(t) if covered else torch.zeros_like(t)
@@ -63,23 +63,23 @@ def backward(
     )
     group = q.shape[1] // k.shape[1]
     config = config_q or config_of("grad_q", q, plan)
-    walk = tables.over_queries(config.block_m, config.block_n)
+    walk, bits = tables.over_queries(config.block_m, config.block_n), tables.bits(own_keys=False)
     with on_device(q):
         grad_q_kernel[walk.rows * q.shape[0] * q.shape[1],](
             grad_out, q, k, v, lse, delta, grads[0],
-            *_tables(tables, walk),
+            *_tables(tables, walk, bits),
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *grads[0].stride(),
-            *_table_strides(tables, walk),
+            *_table_strides(walk, bits),
             q.shape[1], group, q.shape[2], k.shape[2], walk.rows, walk.lead, _guards(tables), scale,
             **_shape(q, plan, config),
         )  # fmt: skip
         config = config_kv or config_of("grad_kv", q, plan)
-        walk = tables.over_keys(config.block_m, config.block_n)
+        walk, bits = tables.over_keys(config.block_m, config.block_n), tables.bits(own_keys=True)
         grad_kv_kernel[walk.rows * k.shape[0] * k.shape[1],](
             grad_out, q, k, v, lse, delta, *grads[1:],
-            *_tables(tables, walk),
+            *_tables(tables, walk, bits),
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *grads[1].stride(), *grads[2].stride(),
-            *_table_strides(tables, walk),
+            *_table_strides(walk, bits),
             k.shape[1], group, q.shape[2], k.shape[2], walk.rows, walk.lead, _guards(tables), scale,
             **_shape(q, plan, config),
         )  # fmt: skip
@@ -107,7 +107,8 @@ def _usual(plan: BlockPlan, side: str) -> int | None:
     return plan.prepared[key]
 
 
-def _delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
+def row_deltas(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, N) float32: what the softmax takes off the gradient of each of a row's probabilities."""
     batch, heads, length, head_dim = out.shape
     delta = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
     with on_device(out):
@@ -115,22 +116,20 @@ def _delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | N
             grad_out, out, grad_lse, delta,
             *grad_out.stride(), *out.stride(), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
             heads, length,
-            D=head_dim, WIDTH=_width(head_dim), BLOCK_M=DELTA_ROWS, num_warps=4,
+            D=head_dim, WIDTH=tile_width(head_dim), BLOCK_M=DELTA_ROWS, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return delta
 
 
-def _tables(tables: PlanTables, walk: Walk) -> tuple[torch.Tensor | None, ...]:
+def _tables(tables: PlanTables, walk: Walk, bits: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     intervals = (None, None) if tables.intervals is None else (tables.intervals.q, tables.intervals.k)
-    return walk.work, walk.entries, walk.pattern, tables.q_order, tables.kv_order, *intervals, tables.bits
+    return walk.work, walk.entries, walk.pattern, tables.q_order, tables.kv_order, *intervals, bits
 
 
-def _table_strides(tables: PlanTables, walk: Walk) -> tuple[int, ...]:
-    """Of (item, head) in work, lists and bits, 0 where shared; and of bits' rows and columns."""
-    bits: tuple[int, ...] = (0, 0, 0, 0)
-    if tables.bits is not None:
-        bits = (*_shared(tables.bits), *tables.bits.stride()[2:])
-    return *_shared(walk.work), *_shared(walk.entries), *bits
+def _table_strides(walk: Walk, bits: torch.Tensor | None) -> tuple[int, ...]:
+    """Of (item, head) in work, lists and bits, 0 where shared; and words in a row of bits."""
+    of_bits = (0, 0, 0) if bits is None else (*_shared(bits), bits.shape[3])
+    return *_shared(walk.work), *_shared(walk.entries), *of_bits
 
 
 def _shared(t: torch.Tensor) -> tuple[int, int]:
@@ -144,15 +143,16 @@ def _guards(tables: PlanTables) -> int:
 def _shape(q: torch.Tensor, plan: BlockPlan, config: Config) -> dict[str, object]:
     return {
         "D": q.shape[-1],
-        "WIDTH": _width(q.shape[-1]),
+        "WIDTH": tile_width(q.shape[-1]),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "RULED": plan.rule is not None,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        **OPTIONS,
     }
 
 
-def _width(head_dim: int) -> int:
+def tile_width(head_dim: int) -> int:
     """Tiles are powers of two wide, and a product needs 16."""
     return max(16, triton.next_power_of_2(head_dim))

@@ -5,6 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers of which no kernel needs a version of its own where they are 0, 1 or a multiple of 16.
+RUNTIME = [
+    "work_b", "work_h", "list_b", "list_h", "bits_b", "bits_h", "bits_row",
+    "q_length", "kv_length", "rows", "lead", "guards",
+]  # fmt: skip
+
 
 @triton.jit
 def own_rows(rows, lead):

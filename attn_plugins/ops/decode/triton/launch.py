@@ -10,7 +10,7 @@ import triton
 from attn_plugins.ops.decode.inputs import Positions
 from attn_plugins.ops.decode.triton.configs import config_for, rows_for, split_count
 from attn_plugins.ops.decode.triton.kernels import attend_share, combine_shares
-from attn_plugins.ops.target import on_device, triton_target
+from attn_plugins.ops.target import OPTIONS, on_device, triton_target
 
 SHARES = 16  # that the merge holds at once
 
@@ -44,11 +44,11 @@ def forward(
             0 if positions is None else positions.sink,
             HAS_POSITIONS=positions is not None, HAS_SPANS=spans is not None, ROWS=rows, KEYS=config.keys,
             D=head_dim, WIDTH=width,
-            PRECISION="ieee", num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            PRECISION="ieee", num_warps=config.warps, num_stages=config.stages, **OPTIONS,
         )  # fmt: skip
         combine_shares[(batch * heads * queries,)](
             partial, partial_lse, out, lse, *out.stride(), heads, queries, splits,
-            SHARES=SHARES, D=head_dim, WIDTH=width, num_warps=2, enable_fp_fusion=True,
+            SHARES=SHARES, D=head_dim, WIDTH=width, num_warps=2, **OPTIONS,
         )  # fmt: skip
     return out, lse
 
