@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One part of a GPU session, for a machine that is lent for minutes:  benchmarks/gpu_session.sh PART
 #   tests    tests/gpu                      quick    gpu.py --quick
-#   windows, video, wan, lists              the full table in four parts, each within ten minutes
-#   sweep    the kernel configurations      all      tests, quick and the four parts, one after another
+#   windows, video, wan, lists, vmoba       the full table in five parts, each within ten minutes
+#   sweep    the kernel configurations      all      tests, quick and the five parts, one after another
 # Output goes to $OUT (default: a new folder of the temporary directory): log, CSV and Markdown of each part.
 # PYTHON is the interpreter (default python3). The parts write files of their own; PART=join makes one table of those
 # CSV files that lie in $OUT. ATTN_PLUGINS_COMMIT names the commit where the tree has no history.
@@ -30,15 +30,16 @@ part() {
     video) measure video --only hunyuan ;;
     wan) measure wan --only wan dense ;;
     lists) measure lists --only random ;;
+    vmoba) measure vmoba --only vmoba ;;
     sweep) timeout 590 "$PYTHON" benchmarks/gpu.py --sweep 2>&1 | tee "$OUT/sweep.log" ;;
-    join) "$PYTHON" -m benchmarks.gpu_suite.join "$OUT"/gpu_{windows,video,wan,lists}.csv --out "$OUT/gpu.csv" ;;
+    join) "$PYTHON" -m benchmarks.gpu_suite.join "$OUT"/gpu_{windows,video,wan,lists,vmoba}.csv --out "$OUT/gpu.csv" ;;
     *) echo "unknown part $1: see the head of this file" >&2; return 2 ;;
   esac
 }
 
 status=0
 parts=${*:-all}
-[ "$parts" = all ] && parts="tests quick windows video wan lists join"
+[ "$parts" = all ] && parts="tests quick windows video wan lists vmoba join"
 for name in $parts; do
   part "$name" || status=$?
 done

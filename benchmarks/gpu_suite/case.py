@@ -43,7 +43,8 @@ class Side:
     """One implementation of a case.
 
     Args:
-        role: "dense" (the baseline is the fastest of these), "peer" (the same result as ours) or "ours".
+        role: "dense" (the baseline is the fastest of these), "peer" (the same result as ours), "ours", or "part" (ours
+            with something of it done beforehand: what is left is the time of that).
         build: makes whatever depends on the mask alone. Raises where this side cannot run the case; the text of the
             error becomes the row's note.
         lazy: the index is made by the first call rather than by `build`.

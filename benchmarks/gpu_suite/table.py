@@ -9,8 +9,8 @@ from benchmarks.gpu_suite.columns import Row
 from benchmarks.gpu_suite.summary import Line, lines, summary
 
 HEAD = (
-    "case", "tokens", "dtype", "D", "density (mask)", "dense ms", "by", "peers ms", "ours ms (.2 - .8)", "speed-up",
-    "of ideal", "of the mask's", "index ms", "of ideal, 1 call", "extra MiB",
+    "case", "tokens", "dtype", "D", "density (mask)", "dense ms", "by", "peers, parts ms", "ours ms (.2 - .8)",
+    "speed-up", "of ideal", "of the mask's", "index ms", "of ideal, 1 call", "extra MiB",
 )  # fmt: skip
 
 
@@ -46,7 +46,11 @@ def _environment(rows: Sequence[Row]) -> list[str]:
 def _cells(line: Line) -> list[str]:
     row = line.ours or line.any
     side = str(row["side"])
-    peers = [f"{name} {_number(line.number(name, 'ms'))}" for name, one in line.sides.items() if one["role"] == "peer"]
+    others = [
+        f"{name} {_number(line.number(name, 'ms'))}"
+        for name, one in line.sides.items()
+        if one["role"] in ("peer", "part")
+    ]
     times = (line.number(side, name) for name in ("ms", "p20_ms", "p80_ms"))
     ms, low, high = (_number(value) for value in times)
     return [
@@ -57,7 +61,7 @@ def _cells(line: Line) -> list[str]:
         f"{_number(line.number(side, 'density'))} ({_number(line.number(side, 'work'))})",
         _number(line.number(side, "baseline_ms")),
         str(row["baseline"]),
-        ", ".join(peers) or "-",
+        ", ".join(others) or "-",
         f"{ms} ({low} - {high})",
         *(_number(line.number(side, name)) for name in ("speedup", "share", "share_of_work", "index_ms")),
         *(_number(line.number(side, name)) for name in ("share_one_call", "extra_mib")),

@@ -231,7 +231,7 @@ def test_tiles_lie_within_blocks_and_do_not_exceed_what_they_may():
         ({"k_blocks": 2, "tile": 0}, "tile=0"),
         ({"k_blocks": 2, "tile": (1, 1, 1)}, "tile="),
         ({"k_blocks": 2, "grid": (5, 7)}, "makes 35"),
-        ({"k_blocks": 2, "exact": True, "backend": "triton"}, "no Triton kernel"),
+        ({"k_blocks": 2, "exact": True, "backend": "triton"}, "the kernels compute in float16"),
     ],
 )
 def test_bad_arguments_are_named(options, named):

@@ -98,14 +98,19 @@ def test_the_ops_are_sound_for_torch_library():
     """Schema, fake tensors, autograd registration and AOT dispatch, by PyTorch's own checks."""
     q, k, v = (torch.randn(2, 3, 15, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     spec = encode(Sequence((12,), 3), (4,), (2,))
-    setting = (spec, "threshold", "head", [0, 1, 0], 0.5, 0.3)
+    setting = (spec, "threshold", "head", [0, 1, 0], 0.5, 0.3, "cpu")
     ops = torch.ops.attn_plugins
     for op in (ops.vmoba_tiles.default, ops.vmoba_tokens.default):
         torch.library.opcheck(op, (q.detach(), k.detach(), *setting))
-    torch.library.opcheck(causal._choice._opoverload, (q.detach(), k.detach(), encode(Sequence((15,)), (4,), (4,)), 2))
+    torch.library.opcheck(
+        causal._choice._opoverload, (q.detach(), k.detach(), encode(Sequence((15,)), (4,), (4,)), 2, "cpu")
+    )
     lists, count = ops.vmoba_tiles(q.detach(), k.detach(), *setting)
     rows = ops.vmoba_tokens(q.detach(), k.detach(), *setting)
-    for name, tail in (("block_lists", (lists, count, 0.3, spec, "cpu")), ("block_rows", (rows, 0.3, spec, False))):
+    for name, tail in (
+        ("block_lists", (lists, count, 0.3, spec, "cpu")),
+        ("block_rows", (rows, 0.3, spec, False, "cpu")),
+    ):
         torch.library.opcheck(getattr(ops, name).default, (q, k, v, *tail))
         detached = [t.detach() for t in (q, k, v)]
         out, lse = getattr(ops, name)(*detached, *tail)

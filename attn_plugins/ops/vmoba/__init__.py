@@ -60,8 +60,8 @@ def vmoba_attention(
         text_before, text_after: tokens that see everything and are seen by all: a length, or (B, 2) rows of
             [length, valid]. Padding is seen by none and gives 0. A tensor on a device is read back (a sync).
         scale: of the scores of attention; None is D ** -0.5.
-        backend: "auto" ("triton" on CUDA and ROCm, else "cpu"), "triton" (tiles; float16, bfloat16, float32; head sizes
-            up to 256), "cpu" (plain PyTorch on any device; there it reads the choice back), "reference" (dense, by
+        backend: "auto" ("triton" on CUDA and ROCm, else "cpu"), "triton" (float16, bfloat16, float32; head sizes up to
+            256), "cpu" (plain PyTorch on any device; there it reads the choice back), "reference" (dense, by
             definition).
         return_lse: also return the log-sum-exp, (B, H, N), natural log; its gradient is right.
 
@@ -87,12 +87,13 @@ def vmoba_attention(
     sizes = fit_block(sequence.grid, block)
     spec = encode(sequence, sizes, fit_tile(sizes, tile))
     factor = resolve_scale(scale, q.shape[-1])
-    refusal = "the exact form has no Triton kernel" if exact else kernel_refusal(q)
-    chosen = choose_backend(backend, q.device, kernels=not exact, refusal=refusal)
+    chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     if chosen == "reference":
         out, lse = vmoba_reference(q, k, v, decode(spec), how, exact, factor)
     elif exact:
-        out, lse = attend_rows(q, k, v, choose_for_tokens(q, k, spec, how, factor), factor, spec)
+        out, lse = attend_rows(
+            q, k, v, choose_for_tokens(q, k, spec, how, factor, chosen), factor, spec, backend=chosen
+        )
     else:
-        out, lse = attend_lists(q, k, v, *choose_for_tiles(q, k, spec, how, factor), factor, spec, chosen)
+        out, lse = attend_lists(q, k, v, *choose_for_tiles(q, k, spec, how, factor, chosen), factor, spec, chosen)
     return (out, lse) if return_lse else out

@@ -19,16 +19,18 @@ class Flat:
             self.rows, self.head, self.token = t.contiguous().view(-1, size), tokens, 1
 
     def index(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Row numbers, flat, of tokens (R, E) of heads (R, 1)."""
-        return (heads * self.head + tokens * self.token).flatten()
+        """(R, E): row numbers of tokens (R, E) of heads (R, 1)."""
+        return heads * self.head + tokens * self.token
 
-    def read(self, index: torch.Tensor, batch: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows as (1, batch, rows / batch, D), in the room of `into` where it is given."""
+    def read(self, index: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of `index` (R, E) as (1, R, E, D), in the room of `into` where it is given."""
         if into is not None:
-            torch.index_select(self.rows, 0, index, out=into[: len(index)])
-            return into[: len(index)].view(1, batch, -1, self.rows.shape[1])
-        return self.rows.index_select(0, index).view(1, batch, -1, self.rows.shape[1])
+            into = into[: index.numel()]
+            torch.index_select(self.rows, 0, index.flatten(), out=into)
+        else:
+            into = self.rows.index_select(0, index.flatten())
+        return into.view(1, *index.shape, -1)
 
     def write(self, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Puts (1, batch, rows, D) there; only of a tensor that needed no copy."""
-        self.rows.index_copy_(0, index, values.reshape(-1, self.rows.shape[1]))
+        """Puts (1, R, E, D), or (1, R, E) where D is 1, there; only of a tensor that needed no copy."""
+        self.rows.index_copy_(0, index.flatten(), values.reshape(-1, self.rows.shape[1]))

@@ -122,7 +122,7 @@ def _slabs(selected: torch.Tensor, one: Layout, row_bytes: int, causal: bool) ->
 def _read(t: Flat, chunk: Chunk, tokens: slice) -> torch.Tensor:
     """(1, V, n, D): a chunk's queries from a slab's tensor."""
     count = tokens.stop - tokens.start
-    return t.read(t.index(torch.div(chunk.rows, count, rounding_mode="floor"), chunk.rows % count), len(chunk.rows))
+    return t.read(t.index(torch.div(chunk.rows, count, rounding_mode="floor"), chunk.rows % count))
 
 
 def _keys(
@@ -133,7 +133,7 @@ def _keys(
     length = int(one.columns[3][int(chunk.blocks[0])])
     tokens = order[starts[chunk.blocks][:, None] + torch.arange(length, device=order.device)]
     heads = torch.div(chunk.heads + first_head, group, rounding_mode="floor")[:, None]
-    return key.read(key.index(heads, tokens), len(tokens)), value.read(value.index(heads, tokens), len(tokens))
+    return key.read(key.index(heads, tokens)), value.read(value.index(heads, tokens))
 
 
 def _add(whole: torch.Tensor, part: torch.Tensor, chunk: Chunk, one: Layout, first_head: int, group: int) -> None:

@@ -55,12 +55,15 @@ class Selection:
         if self.max_blocks is not None and not (_counts(self.max_blocks) and self.max_blocks >= self.min_blocks):
             raise ValueError(f"max_blocks={self.max_blocks!r}: give min_blocks={self.min_blocks} or more, or None")
 
+    def number(self, blocks: int) -> int | None:
+        """How many of so many blocks every row keeps; None: that depends on the scores."""
+        if self.rule != "topk" or self.scope != "query" or self.k_blocks is None:
+            return None
+        return min(max(self.k_blocks, self.min_blocks), self.max_blocks or blocks, blocks)
+
     def width(self, blocks: int) -> int:
         """The most blocks that a row can keep, of so many."""
-        most = blocks if self.max_blocks is None else self.max_blocks
-        if self.rule == "topk" and self.scope == "query" and self.k_blocks is not None:
-            most = min(most, max(self.k_blocks, self.min_blocks))
-        return min(most, blocks)
+        return self.number(blocks) or min(self.max_blocks or blocks, blocks)
 
 
 def _counts(value: object) -> bool:

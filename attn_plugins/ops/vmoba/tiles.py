@@ -16,22 +16,40 @@ from attn_plugins.ops.vmoba.flat import Flat
 from attn_plugins.plan.block_plan import BlockPlan
 
 CHUNK_BYTES = 4 << 20  # of gathered keys and values
+SLAB_KEYS = 1 << 19  # keys whose places are worked out together: 4 MB
+
+Runs = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some tiles, of one number of queries T and one of keys E.
+class Slab:
+    """R tiles, of one number of queries T and one of keys E.
 
     Attributes:
-        heads: (R, 1) int64, their query heads.
+        heads, kv_heads: (R, 1) int64.
         q, kv: (R, T) and (R, E) int64, their tokens.
-        runs: (KV head, start, length) of the blocks that the keys are, in order, by place in the order of keys.
+        runs: of each tile (KV head, start, length) of the blocks that its keys are, by place in the order of keys.
     """
 
     heads: torch.Tensor
+    kv_heads: torch.Tensor
     q: torch.Tensor
     kv: torch.Tensor
-    runs: list[tuple[int, int, int]]
+    runs: list[Runs]
+
+    def queries(self, t: Flat) -> torch.Tensor:
+        """(R, T): the rows of `t` that are the tiles' queries."""
+        return t.index(self.heads, self.q)
+
+    def keys(self, t: Flat) -> torch.Tensor:
+        """(R, E): the rows of `t` that are the tiles' keys."""
+        return t.index(self.kv_heads, self.kv)
+
+    def chunks(self, key_bytes: int) -> Iterator[slice]:
+        """So many tiles at a time that what is gathered for them stays in the caches."""
+        step = max(1, CHUNK_BYTES // (2 * key_bytes * self.kv.shape[1]))
+        for at in range(0, len(self.q), step):
+            yield slice(at, min(at + step, len(self.q)))
 
 
 def forward(
@@ -41,17 +59,20 @@ def forward(
 
     `plan` has lists on the host and no masks.
     """
-    group = q.shape[1] // k.shape[1]
+    group, key_bytes = q.shape[1] // k.shape[1], k.shape[-1] * k.element_size()
     out = torch.zeros_like(q) if int(plan.q_size.sum()) < plan.q_length else torch.empty_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     room = _room(k)
     for b in range(q.shape[0]):
         query, key, value, found, found_lse = (Flat(t) for t in (q[b], k[b], v[b], out[b], lse[b][..., None]))
-        for chunk in _chunks(plan, b, q, group):
-            keys, values = _keys(key, chunk, group, room[0]), _keys(value, chunk, group, room[1])
-            result, result_lse = attend(_queries(query, chunk), keys, values, None, scale)
-            found.write(found.index(chunk.heads, chunk.q), result)
-            found_lse.write(found_lse.index(chunk.heads, chunk.q), result_lse[..., None].to(lse.dtype))
+        for slab in _slabs(plan, b, q, group):
+            at_query, at_found, at_lse = (slab.queries(t) for t in (query, found, found_lse))
+            at_key, at_value = slab.keys(key), slab.keys(value)
+            for some in slab.chunks(key_bytes):
+                keys, values = key.read(at_key[some], room[0]), value.read(at_value[some], room[1])
+                result, result_lse = attend(query.read(at_query[some]), keys, values, None, scale)
+                found.write(at_found[some], result)
+                found_lse.write(at_lse[some], result_lse.to(lse.dtype))
         if found.rows.data_ptr() != out[b].data_ptr():  # q's layout is neither by heads nor by tokens
             out[b] = found.rows.view(q.shape[1:])
     return out, lse
@@ -62,24 +83,31 @@ def backward(
     out: torch.Tensor, lse: torch.Tensor, plan: BlockPlan, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of q, k, v, in their own layouts; summed in one fixed order."""
-    group = q.shape[1] // k.shape[1]
+    group, key_bytes = q.shape[1] // k.shape[1], k.shape[-1] * k.element_size()
     grads = tuple(torch.zeros_like(t) for t in (q, k, v))
     room = _room(k)
-    grad_lse_column, lse_column = None if grad_lse is None else grad_lse[..., None], lse[..., None]
     for b in range(q.shape[0]):
-        flats = [None if t is None else Flat(t[b]) for t in (grad_lse_column, q, grad_out, out, lse_column)]
+        flats = [Flat(t) for t in (q[b], grad_out[b], out[b], lse[b][..., None])]
+        grad_lse_flat = None if grad_lse is None else Flat(grad_lse[b][..., None])
         key, value, found = Flat(k[b]), Flat(v[b]), Flat(grads[0][b])
         sums = [torch.zeros(k.shape[1:], dtype=lse.dtype, device=q.device) for _ in range(2)]
-        for chunk in _chunks(plan, b, q, group):
-            of_lse, *tiles = [None if t is None else _queries(t, chunk) for t in flats]
-            query, of_out, tile_out, tile_lse = (t for t in tiles if t is not None)
-            grad = attend_backward(
-                of_out, None if of_lse is None else of_lse[..., 0], query, _keys(key, chunk, group, room[0]),
-                _keys(value, chunk, group, room[1]), tile_out, tile_lse[..., 0], None, scale,
-            )  # fmt: skip
-            found.write(found.index(chunk.heads, chunk.q), grad[0])
-            for whole, part in zip(sums, grad[1:], strict=True):
-                _add_runs(whole, chunk.runs, part.reshape(-1, q.shape[-1]))
+        for slab in _slabs(plan, b, q, group):
+            rows = [(t, slab.queries(t)) for t in flats]
+            at_found, at_key, at_value = slab.queries(found), slab.keys(key), slab.keys(value)
+            at_grad_lse = None if grad_lse_flat is None else slab.queries(grad_lse_flat)
+            for some in slab.chunks(key_bytes):
+                query, of_out, tile_out, tile_lse = (t.read(at[some]) for t, at in rows)
+                of_lse = None
+                if grad_lse_flat is not None and at_grad_lse is not None:
+                    of_lse = grad_lse_flat.read(at_grad_lse[some])[..., 0]
+                grad = attend_backward(
+                    of_out, of_lse, query, key.read(at_key[some], room[0]), value.read(at_value[some], room[1]),
+                    tile_out, tile_lse[..., 0], None, scale,
+                )  # fmt: skip
+                found.write(at_found[some], grad[0])
+                runs = [run for tile in slab.runs[some] for run in tile]
+                for whole, part in zip(sums, grad[1:], strict=True):
+                    _add_runs(whole, runs, part.reshape(-1, q.shape[-1]))
         if found.rows.data_ptr() != grads[0][b].data_ptr():
             grads[0][b] = found.rows.view(q.shape[1:])
         for grad_of, whole in zip(grads[1:], sums, strict=True):
@@ -96,15 +124,7 @@ def _room(k: torch.Tensor) -> list[torch.Tensor]:
     return [k.new_empty(rows, k.shape[-1]) for _ in range(2)]
 
 
-def _queries(t: Flat, chunk: Chunk) -> torch.Tensor:
-    return t.read(t.index(chunk.heads, chunk.q), len(chunk.q))
-
-
-def _keys(t: Flat, chunk: Chunk, group: int, into: torch.Tensor) -> torch.Tensor:
-    return t.read(t.index(chunk.heads // group, chunk.kv), len(chunk.kv), into)
-
-
-def _add_runs(whole: torch.Tensor, runs: list[tuple[int, int, int]], part: torch.Tensor) -> None:
+def _add_runs(whole: torch.Tensor, runs: Runs, part: torch.Tensor) -> None:
     """Adds keys' gradients block by block: index_add_ would go key by key."""
     at = 0
     for head, start, length in runs:
@@ -112,7 +132,7 @@ def _add_runs(whole: torch.Tensor, runs: list[tuple[int, int, int]], part: torch
         at += length
 
 
-def _chunks(plan: BlockPlan, item: int, q: torch.Tensor, group: int) -> Iterator[Chunk]:
+def _slabs(plan: BlockPlan, item: int, q: torch.Tensor, group: int) -> Iterator[Slab]:
     """All tiles of all heads of a batch item that see something."""
     heads, blocks = q.shape[1], len(plan.q_start)
     lists = plan.lists[item if plan.batch > 1 else 0].expand(heads, -1, -1).flatten(0, 1).long()  # (H * Q, L)
@@ -120,22 +140,21 @@ def _chunks(plan: BlockPlan, item: int, q: torch.Tensor, group: int) -> Iterator
     starts = plan.kv_start.long()[lists]
     queries = plan.q_size.long().repeat(heads)
     kinds, kind = torch.unique(queries * (plan.kv_length + 1) + sizes.sum(-1), return_inverse=True)
-    longest = CHUNK_BYTES // (2 * q.shape[-1] * q.element_size())
     for number, mixed in enumerate(kinds.tolist()):
         length, seen = divmod(mixed, plan.kv_length + 1)
-        members = torch.nonzero(kind == number)[:, 0]
         if not length or not seen:
             continue
-        for rows in members.split(max(1, longest // seen)):
+        for rows in torch.nonzero(kind == number)[:, 0].split(max(1, SLAB_KEYS // seen)):
             head, block = torch.div(rows, blocks, rounding_mode="floor"), rows % blocks
-            places = plan.q_start.long()[block][:, None] + torch.arange(length)
             there = sizes[rows] > 0
             size, start = sizes[rows][there], starts[rows][there]
             ends = size.cumsum(0)
-            keys = torch.repeat_interleave(start - (ends - size), size) + torch.arange(len(rows) * seen)
-            of_run = (head[:, None] // group).expand(there.shape)[there]
-            runs = list(zip(of_run.tolist(), start.tolist(), size.tolist(), strict=True))
-            keys = keys.view(len(rows), -1)
-            places = places if plan.q_order is None else plan.q_order[places]
+            places = torch.repeat_interleave(start - (ends - size), size) + torch.arange(len(rows) * seen)
+            tokens = plan.q_start.long()[block][:, None] + torch.arange(length)
+            keys = places.view(len(rows), -1)
+            tokens = tokens if plan.q_order is None else plan.q_order[tokens]
             keys = keys if plan.kv_order is None else plan.kv_order[keys]
-            yield Chunk(head[:, None].to(q.device), places.to(q.device), keys.to(q.device), runs)
+            of_query, of_key = head[:, None], torch.div(head, group, rounding_mode="floor")[:, None]
+            runs = zip(of_key.expand_as(there)[there].tolist(), start.tolist(), size.tolist(), strict=True)
+            of_tile = [[next(runs) for _ in range(n)] for n in there.sum(-1).tolist()]
+            yield Slab(of_query.to(q.device), of_key.to(q.device), tokens.to(q.device), keys.to(q.device), of_tile)
