@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from attn_plugins import recipe, record
 from attn_plugins.patches.attention_interface import BEFORE
 from attn_plugins.record import Patched
+from attn_plugins.schedule import describe
+
+if TYPE_CHECKING:
+    from attn_plugins.measures import Measures
 
 
 class PatchHandle:
@@ -22,11 +28,13 @@ class PatchHandle:
     Attributes:
         method: the method's name.
         patches: one `Patched` per root, in order.
+        measures: what the last `measure` block found; None before the first.
     """
 
     def __init__(self, rows: list[tuple[nn.Module, Patched]]) -> None:
         self.method = rows[0][1].method
         self.patches = [patched for _, patched in rows]
+        self.measures: Measures | None = None
         self._roots = [weakref.ref(root) for root, _ in rows]
 
     @property
@@ -70,14 +78,35 @@ class PatchHandle:
             preset = f", preset {patched.preset}" if patched.preset else ""
             lines.append(f"{patched.method} on {patched.family}{preset}")
             if not schedule.always_sparse:
-                lines.append(f"  dense for the first {schedule.dense_steps} {_unit(schedule.dense_steps)}")
+                lines.append(f"  dense for {describe(schedule)}")
             if minimum:
-                lines.append(f"  dense where the grid has fewer than {minimum} tokens")
+                on_cpu, elsewhere = minimum if isinstance(minimum, tuple) else (minimum, minimum)
+                where = f" on a CPU, {elsewhere} elsewhere" if elsewhere != on_cpu else ""
+                lines.append(f"  dense where the grid has fewer than {on_cpu} tokens{where}")
             lines += [f"  {layer.name}: {layer.kind}, {patched.method}" for layer in patched.layers]
             lines += [f"  {name}: dense, {why}" for name, why in patched.skipped]
             lines += [f"  dense calls run {name!r}, calls of the method do not" for name in _backends(ref(), patched)]
             lines += [f"  dense so far because {reason}" for reason in sorted(patched.state.warned)]
         return "\n".join(lines)
+
+    def measure(self, rows: int = 64) -> AbstractContextManager[Measures]:
+        """Measure what runs sparse inside the block: recall, its oracle, density and relative L1, by layer and step.
+
+            with handle.measure() as measures:
+                pipe(...)
+            print(measures.table())
+
+        In each sparse call of a patched layer, `rows` query rows of each head are taken, spread evenly over the real
+        tokens; dense attention of these is computed exactly, and compared with what the method kept and gave. Outputs
+        stay as they are, and so does the random state. Compiled models run eagerly inside the block. `summary()` tells
+        the last measures too. What they mean: docs/measures.md.
+
+        Raises:
+            ValueError: rows below 1, a patch that is taken out, or layers that are being measured already.
+        """
+        from attn_plugins.measuring import measure
+
+        return measure(self, rows)
 
     def save(self, path: str | Path) -> Path:
         """Write the patch as a recipe, which `patch(obj, path)` takes.
@@ -116,10 +145,6 @@ def _backends(root: nn.Module | None, patched: Patched) -> list[str]:
         processor = getattr(module, "processor", None)
         names.add(getattr(processor, "_attention_backend", None) or module.__dict__.get(BEFORE))
     return sorted(str(getattr(name, "value", name)) for name in names if name is not None)
-
-
-def _unit(dense_steps: float | int) -> str:
-    return "of the schedule" if isinstance(dense_steps, float) else "steps"
 
 
 def _plain_row(patched: Patched) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -33,6 +33,16 @@ class CausalKeys:
     column: torch.Tensor
 
 
+class Plain(Protocol):
+    """Queries and keys of a layer from before norm and rotation, and how it norms and rotates."""
+
+    def pooled(self, which: Literal["q", "k"], call: AttentionCall, to: tuple[int, ...]) -> torch.Tensor | None:
+        """Means over `to` cells an axis of the grid, then normed and rotated at their cells' middle, (B, H, n, D).
+
+        None where it cannot be told.
+        """
+
+
 @dataclass
 class AttentionCall:
     """One attention call, as the interception hands it over.
@@ -47,8 +57,11 @@ class AttentionCall:
     `softcap`: scores are softcap * tanh(scores / softcap). `sinks` (H,): a learned score beside each row's own, which
     takes its share of the softmax and gives nothing.
 
+    `plain`: for processors that ask for it, where the interception knows how the layer norms and rotates.
+
     `first_head`, `layer_heads`: where other devices have the rest of the heads, the place of q's first one among all of
-    the layer's; what a method sets per head is counted among those.
+    the layer's; what a method sets per head is counted among those. `asks`: the rows whose output is read (None: all);
+    the others of q are filling.
     """
 
     q: torch.Tensor
@@ -66,7 +79,33 @@ class AttentionCall:
     sinks: torch.Tensor | None = None
     first_head: int = 0
     layer_heads: int | None = None
+    asks: slice | None = None
+    plain: Plain | None = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class Kept:
+    """The keys that some query rows of a call see, in units that are chosen as one: a block, or a single key.
+
+    unit_of (N_kv,) int64: the unit of each key, counted from 0; -1: every row sees it, and nothing chose it (text).
+    chosen (B or 1, H or 1, R, units) bool: the units of each row; of their keys it sees those that dense attention
+    shows it. Both on the device of q.
+    """
+
+    unit_of: torch.Tensor
+    chosen: torch.Tensor
+
+    @classmethod
+    def on_grid(cls, sequence: Sequence, rows: torch.Tensor, unit_of: torch.Tensor, chosen: torch.Tensor) -> Kept:
+        """Of methods that choose among the keys of a grid for the queries of the grid, where text sees all.
+
+        rows (R,), on the host; unit_of (grid tokens,); chosen (B or 1, H or 1, R, units), whatever it says of text.
+        """
+        device, first = chosen.device, sequence.text_before
+        text = ((rows < first) | (rows >= first + sequence.tokens)).to(device)
+        ends = (sequence.text_before, sequence.text_after)
+        return cls(torch.nn.functional.pad(unit_of.to(device), ends, value=-1), chosen | text[:, None])
 
 
 @dataclass(frozen=True)
@@ -101,7 +140,13 @@ class MethodConfig:
 
 
 class Processor(ABC):
-    """A method bound to a config: stateless, shared by all layers with an equal config, called per attention call."""
+    """A method bound to a config: stateless, shared by all layers with an equal config, called per attention call.
+
+    `measure`: what reports call its density. `wants_plain`: it asks calls for `plain`.
+    """
+
+    measure: str = "density"
+    wants_plain: ClassVar[bool] = False
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Why this call must stay dense (said to the user once), or None. Must not read tensor values."""
@@ -120,8 +165,15 @@ class Processor(ABC):
         """The output, (B, H, N, D), in q's memory layout."""
 
     def density(self, sequence: Sequence) -> float:
-        """Share of the dense (query, key) pairs that are computed."""
+        """Share of the dense (query, key) pairs that are computed; of operator methods, of dense attention's cost."""
         return 1.0
+
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept | None:
+        """What the query rows `rows` (R,) int64, on the host, see in a call that this processor has just taken.
+
+        For measuring a run, so it may take its time, but never the room of all rows. None: not a choice of pairs.
+        """
+        return None
 
 
 class Method(ABC):
@@ -133,6 +185,8 @@ class Method(ABC):
     paper: ClassVar[str]
     config_class: ClassVar[type[MethodConfig]]
     sites: ClassVar[frozenset[SiteKind]] = frozenset({"self", "joint"})
+    # grids of fewer tokens stay dense unless a person says otherwise, for it would lose: on a CPU, on other devices
+    min_tokens: ClassVar[tuple[int, int]] = (0, 0)
     # options by which a person brings a setting of their own: with one of them, and no preset named, no preset is used
     own_settings: ClassVar[frozenset[str]] = frozenset()
 

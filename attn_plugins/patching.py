@@ -19,7 +19,7 @@ from attn_plugins.patches.steps import StepClock
 from attn_plugins.patches.versions import warn_if_untested
 from attn_plugins.record import SITE_ATTRIBUTE, Patched
 from attn_plugins.runtime import Layer, RootState
-from attn_plugins.schedule import Schedule
+from attn_plugins.schedule import Schedule, Steps
 from attn_plugins.selection import select
 from attn_plugins.targets import Target, find
 
@@ -38,11 +38,11 @@ def patch(
     quality: str = "balanced",
     preset: str | None = None,
     layers: Any = None,
-    dense_steps: float | int | None = None,
+    dense_steps: Steps | tuple[Steps, Steps] | None = None,
     num_steps: int | None = None,
     backend: str = "auto",
     strict: bool = False,
-    min_tokens: int | None = None,
+    min_tokens: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> PatchHandle:
     """Swap the attention of a pipeline or model for a method; `unpatch` takes it back exactly.
@@ -55,10 +55,12 @@ def patch(
         preset: a preset by name; None: the one made for this model, if there is one.
         layers: which layers; see `attn_plugins.selection.select`.
         dense_steps: first steps of a generation that stay dense: a float is a share of the schedule, an int a number.
+            A pair is of the first and of the last steps: (0, 0.6).
         num_steps: length of the schedule, needed for a share on a bare model.
         backend: "auto", "cpu", "triton" or "reference", for methods that have a choice.
         strict: raise where a call would stay dense with a warning.
-        min_tokens: calls with a smaller grid stay dense (UNets have several sizes; their families have a default).
+        min_tokens: calls with a smaller grid stay dense (UNets have several sizes). A pair is on a CPU and elsewhere.
+            None: the most of what the preset (or else the family) and the method ask for.
         **options: the method's own; they win over the preset's.
 
     Returns:
@@ -120,11 +122,11 @@ class _Request:
     quality: str
     preset: str | None
     layers: Any
-    dense_steps: float | int | None
+    dense_steps: Steps | tuple[Steps, Steps] | None
     num_steps: int | None
     backend: str
     strict: bool
-    min_tokens: int | None
+    min_tokens: int | tuple[int, int] | None
     options: dict[str, Any]
     recipe_of: str | None = None
 
@@ -176,7 +178,8 @@ def _plan(target: Target, request: _Request) -> Patched:
     dense_steps = request.dense_steps if request.dense_steps is not None else chosen.dense_steps if chosen else 0
     min_tokens = request.min_tokens
     if min_tokens is None:
-        min_tokens = (chosen.min_tokens if chosen else 0) or family.extras.get("min_tokens", 0)
+        least = (chosen.min_tokens if chosen else 0) or family.extras.get("min_tokens", 0)
+        min_tokens = max(least, method.min_tokens[0]), max(least, method.min_tokens[1])
     config = _config(method, options, request.backend)
     schedule = Schedule(dense_steps, request.num_steps)
     clock = _clock(target, schedule)
@@ -227,7 +230,7 @@ def _clock(target: Target, schedule: Schedule) -> StepClock | None:
             raise ValueError(f"dense_steps={schedule.dense_steps}: {target.family.title} has no schedule of steps")
         return None
     if not schedule.always_sparse and getattr(target.pipe, "scheduler", None) is None:
-        schedule.first_sparse_step(None)  # a share of an unknown length is an error now, not in the first forward
+        schedule.is_dense(0, None)  # a share of an unknown length is an error now, not in the first forward
     return StepClock(target.pipe, rises=bool(target.family.extras.get("time_rises")))
 
 

@@ -16,7 +16,8 @@ A file says:
     notes: what a user should know
     qualities:
       safe | balanced | fast:              # all three
-        dense_steps: 15/50                 # share of the schedule that stays dense: 0..1, or a fraction
+        dense_steps: 15/50                 # share of the schedule that stays dense: 0..1, or a fraction; of its start,
+                                           # or a list of two: of its start and of its end
         layers: [0, 1]                     # optional: indices of the layers to patch
         evidence, source, tiling: ...      # optional: where they differ from the file's
         window: ...                        # everything else is an option of the method
@@ -46,14 +47,15 @@ _OF_QUALITY = ("dense_steps", "layers", "evidence", "source", "tiling")
 
 @dataclass(frozen=True)
 class Preset:
-    """One quality of one file. `options` are keyword options of the method, `dense_steps` a share of the schedule."""
+    """One quality of one file. `options` are keyword options of the method, `dense_steps` one share of the schedule or
+    two."""
 
     name: str
     title: str
     method: str
     quality: str
     options: Mapping[str, Any]
-    dense_steps: float
+    dense_steps: float | tuple[float, float]
     evidence: str
     source: str
     layers: tuple[int, ...] | None = None
@@ -165,12 +167,7 @@ def _quality(where: str, name: str, data: dict[str, Any], quality: str) -> Prese
     row = data["qualities"][quality]
     if not isinstance(row, dict) or "dense_steps" not in row:
         raise ValueError(f"{where}: must be a mapping with dense_steps and the method's options")
-    try:
-        dense_steps = float(Fraction(str(row["dense_steps"])))
-    except (ValueError, ZeroDivisionError):
-        dense_steps = -1.0
-    if not 0 <= dense_steps <= 1:
-        raise ValueError(f"{where}.dense_steps={row['dense_steps']!r}: give a share of the schedule, as 0.3 or 15/50")
+    dense_steps = _shares(where, row["dense_steps"])
     evidence = row.get("evidence", data["evidence"])
     if evidence not in EVIDENCE:
         raise ValueError(f"{where}.evidence={evidence!r}: legal are {', '.join(EVIDENCE)}")
@@ -185,6 +182,20 @@ def _quality(where: str, name: str, data: dict[str, Any], quality: str) -> Prese
         None if layers is None else tuple(layers), data.get("min_tokens", 0),
         row.get("tiling", data.get("tiling")), data.get("notes", ""),
     )  # fmt: skip
+
+
+def _shares(where: str, value: Any) -> float | tuple[float, float]:
+    """`dense_steps` as a file has it."""
+    given = value if isinstance(value, list) else [value]
+    try:
+        shares = [float(Fraction(str(share))) for share in given]
+    except (ValueError, ZeroDivisionError):
+        shares = []
+    if len(shares) not in (1, 2) or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(
+            f"{where}.dense_steps={value!r}: give a share of the schedule, as 0.3 or 15/50, or two, of start and end"
+        )
+    return shares[0] if len(shares) == 1 else (shares[0], shares[1])
 
 
 def _explicit(method: str, family: str, model: object, preset: str) -> PresetFile:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 # name -> "module:class"
 BUILTIN_METHODS = {
+    "agent": "attn_plugins.methods.agent:Agent",
     "draft": "attn_plugins.methods.draft:Draft",
     "gna": "attn_plugins.methods.gna:GNA",
+    "kv_pool": "attn_plugins.methods.kv_pool:KVPool",
     "moba": "attn_plugins.methods.moba:MoBA",
     "radial": "attn_plugins.methods.radial:Radial",
     "sparge": "attn_plugins.methods.sparge:Sparge",

@@ -15,6 +15,8 @@ from torch import nn
 from attn_plugins import registry
 from attn_plugins.metrics.flops import step_flops
 from attn_plugins.plan.simulator import end_to_end
+from attn_plugins.runtime import device_of
+from attn_plugins.schedule import describe
 from attn_plugins.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -75,9 +77,12 @@ def analyse(handle: PatchHandle) -> list[RootReport]:
 
 def summarise(handle: PatchHandle) -> str:
     """The table that `handle.summary()` gives."""
-    return (
-        "\n".join("\n".join(_summary(row)) for row in analyse(handle)) or f"{handle.method}: the patched model is gone"
-    )
+    lines = [line for row in analyse(handle) for line in _summary(row)] or [
+        f"{handle.method}: the patched model is gone"
+    ]
+    if handle.measures is not None:
+        lines.append(f"  {handle.measures.summary()}")
+    return "\n".join(lines)
 
 
 def explain(handle: PatchHandle) -> str:
@@ -87,7 +92,8 @@ def explain(handle: PatchHandle) -> str:
         lines += _summary(row)
         for group in row.groups:
             lines += [
-                f"  sparse  {name}  ({group.kind}, {_percent(group.density)} of the pairs)" for name in group.names
+                f"  sparse  {name}  ({group.kind}, {_measure(row.patched)} {_percent(group.density)})"
+                for name in group.names
             ]
         lines += [f"  dense   {name}  ({why})" for name, why in row.patched.skipped]
         lines += [f"  dense so far because {reason}" for reason in sorted(row.patched.state.warned)]
@@ -98,7 +104,7 @@ def _summary(row: RootReport) -> list[str]:
     patched = row.patched
     preset = f", preset {patched.preset}" if patched.preset else ""
     total = len(patched.layers) + len(patched.skipped)
-    head = ("kind", "sites", "grid", "density", "GFLOPs dense", "saved", "settings")
+    head = ("kind", "sites", "grid", _measure(patched), "GFLOPs dense", "saved", "settings")
     rows = table([head, *(_cells(group, row.sequence) for group in row.groups)])
     title = f"{patched.method} on {row.root} ({patched.family}{preset}): {len(patched.layers)} of {total} sites"
     return [title, *(f"  {line}" for line in [*rows, *_totals(row)])]
@@ -130,31 +136,28 @@ def _analyse(root: nn.Module, patched: Patched) -> RootReport:
             dense_flops = sum(flops.attention[layer.name] for layer in layers)
         names = tuple(layer.name for layer in layers)
         rows.append(
-            SiteGroup(kind, names, _settings(layers[0].processor, patched), _density(layers[0], sequence), dense_flops)
+            SiteGroup(
+                kind, names, _settings(layers[0].processor, patched), _density(root, layers[0], sequence), dense_flops
+            )
         )
     share = None
     if flops is not None and flops.linear is not None and all(row.dense_flops is not None for row in rows):
         mine = sum(row.dense_flops or 0.0 for row in rows)
         share = mine / (sum(flops.attention.values()) + flops.linear)
-    return RootReport(type(root).__name__, patched, sequence, tuple(rows), share, _dense_share(patched))
+    return RootReport(type(root).__name__, patched, sequence, tuple(rows), share, patched.state.schedule.dense_share)
 
 
-def _density(layer: Layer, sequence: Sequence | None) -> float | None:
+def _density(root: nn.Module, layer: Layer, sequence: Sequence | None) -> float | None:
     if sequence is None:
         return None
-    if sequence.tokens < layer.root.min_tokens:
+    if sequence.tokens < layer.root.least_tokens(device_of(root)):
         return 1.0
     return layer.processor.density(Sequence(sequence.grid) if layer.kind == "self" else sequence)
 
 
-def _dense_share(patched: Patched) -> float | None:
-    """Share of the steps that stay dense; None for a number of steps of a schedule of unknown length."""
-    schedule = patched.state.schedule
-    if schedule.always_sparse:
-        return 0.0
-    if isinstance(schedule.dense_steps, float):
-        return schedule.dense_steps
-    return min(schedule.dense_steps / schedule.num_steps, 1.0) if schedule.num_steps else None
+def _measure(patched: Patched) -> str:
+    """What `density` is the share of: pairs that are computed, or of dense attention's cost where none is left out."""
+    return patched.layers[0].processor.measure
 
 
 def _settings(processor: Processor, patched: Patched) -> str:
@@ -183,11 +186,9 @@ def _totals(row: RootReport) -> list[str]:
     schedule = row.patched.state.schedule
     lines = []
     if not schedule.always_sparse:
-        steps = schedule.dense_steps
-        what = f"{steps:.0%} of the steps" if isinstance(steps, float) else f"{steps} steps"
-        lines.append(f"dense: the first {what}")
+        lines.append(f"dense: {describe(schedule)}")
     if row.sequence is None:
-        return lines + ["density and bounds: run the model once, they depend on its shape"]
+        return lines + [f"{_measure(row.patched)} and bounds: run the model once, they depend on its shape"]
     if row.share is None:
         return lines + [
             "bound: unknown from shapes (not made of linear layers alone); `attn-plugins compare` measures it"
@@ -199,7 +200,7 @@ def _totals(row: RootReport) -> list[str]:
     text = f"bound for the whole schedule (Amdahl): {bound:.2f}x"
     left = 1 - row.saved if row.saved is not None else None
     if left:
-        text += f"; at this density at most {row.gain(1 / left):.2f}x"
+        text += f"; at this {_measure(row.patched)} at most {row.gain(1 / left):.2f}x"
     return [*lines, text]
 
 

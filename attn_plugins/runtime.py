@@ -54,6 +54,7 @@ class RootState:
         clock: tells the step; None where the model has no steps (then only a schedule without dense steps makes sense).
         strict: a refusal raises `Refused` instead of a warning.
         min_tokens: calls with a smaller grid stay dense: a choice, worth a word only if it is all of a forward's calls.
+            A pair is (on a CPU, on other devices).
         key_padding: the family has turned the model's key padding mask into the sequence's valid lengths.
         in_parts: the model's attention takes its text in calls of its own, which stay dense without a word.
     """
@@ -64,14 +65,14 @@ class RootState:
         *,
         clock: Clock | None = None,
         strict: bool = False,
-        min_tokens: int = 0,
+        min_tokens: int | tuple[int, int] = 0,
         key_padding: bool = False,
         in_parts: bool = False,
     ) -> None:
         self.schedule = schedule
         self.clock = clock
         self.strict = strict
-        self.min_tokens = min_tokens
+        self.min_tokens = _one_or_pair(min_tokens)
         self.key_padding = key_padding
         self.in_parts = in_parts
         self.moment = Moment()
@@ -91,12 +92,18 @@ class RootState:
             if sequence.tokens == moment.largest:
                 self.last_sequence = sequence
 
-    def begin_forward(self) -> None:
+    def least_tokens(self, device: torch.device) -> int:
+        """`min_tokens` on this device."""
+        least = self.min_tokens
+        return least if isinstance(least, int) else least[device.type != "cpu"]
+
+    def begin_forward(self, root: nn.Module) -> None:
         """Before `enter`, where a root's forward begins; says if min_tokens left the method nothing of the last one."""
         moment = self.moment
-        if 0 < moment.largest < self.min_tokens:
+        least = self.least_tokens(device_of(root)) if moment.largest and self.min_tokens else 0
+        if 0 < moment.largest < least:
             self.warn_once(
-                f"no grid of the last forward had min_tokens={self.min_tokens} tokens, the largest {moment.largest}; "
+                f"no grid of the last forward had min_tokens={least} tokens, the largest {moment.largest}; "
                 "patch with a smaller min_tokens=... to have it sparse"
             )
         moment.largest = 0
@@ -155,20 +162,18 @@ class Layer:
         self.name = name
         self.index = index
         self.on_grid = kind in ("self", "joint")
-        self.cell = (
-            1  # side of the cells in which the tokens of a grid come (Qwen-VL's vision): see attention_interface
-        )
+        self.cell = 1  # side of the cells in which a grid's tokens come (Qwen-VL's vision): see attention_interface
         # a method that reads the layer's own inputs (routers, tables of rotation) says so on its processor
         self.wants_inputs = bool(getattr(processor, "wants_inputs", False))
+        self.wants_plain = processor.wants_plain
 
     def attend(self, call: AttentionCall) -> torch.Tensor | None:
         """The method's output (B, H, N, D), or None: run the original attention, with the user's own backend."""
         root = self.root
         if root.moment.dense:
             return None
-        asks = None  # the rows that are asked for, where text gives keys and values and asks nothing
         if self.on_grid:
-            if call.sequence is not None and call.sequence.tokens < root.min_tokens:
+            if call.sequence is not None and call.sequence.tokens < root.least_tokens(call.q.device):
                 return None
             if root.in_parts and call.sequence is not None and call.k.shape[2] < call.sequence.length:
                 return None
@@ -178,15 +183,15 @@ class Layer:
                 return None
             sequence = call.sequence
             assert sequence is not None  # _misfit refuses calls without one
-            if call.q.shape[2] != call.k.shape[2]:
-                asks = slice(sequence.text_before, sequence.text_before + sequence.tokens)
+            if call.q.shape[2] != call.k.shape[2]:  # text gives keys and values, and asks nothing
+                call.asks = slice(sequence.text_before, sequence.text_before + sequence.tokens)
                 call.q = torch.nn.functional.pad(call.q, (0, 0, sequence.text_before, sequence.text_after))
         reason = self.processor.refuses(call)
         if reason is not None:
             root.refuse(reason)
             return None
         out = self.processor(call)
-        return out if asks is None else out[:, :, asks]
+        return out if call.asks is None else out[:, :, call.asks]
 
     def _misfit(self, call: AttentionCall) -> str | None:
         """Why the tokens of this call are not the sequence that the family read, or None. Reads shapes only."""
@@ -214,6 +219,19 @@ class Layer:
         if sequence.batch is not None and sequence.batch != batch:
             return f"a batch of {batch} where the valid lengths are of {sequence.batch} items"
         return None
+
+
+def device_of(root: nn.Module) -> torch.device:
+    """Where a model's first parameter is (a model without any: the CPU)."""
+    first = next(root.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _one_or_pair(min_tokens: int | tuple[int, int]) -> int | tuple[int, int]:
+    pair = tuple(min_tokens) if isinstance(min_tokens, (list, tuple)) else (min_tokens, min_tokens)
+    if len(pair) != 2 or any(isinstance(least, bool) or not isinstance(least, int) or least < 0 for least in pair):
+        raise ValueError(f"min_tokens={min_tokens!r}: give a number of tokens, or two: on a CPU and on other devices")
+    return pair[0] if pair[0] == pair[1] else pair
 
 
 def _described(sequence: Sequence) -> str:

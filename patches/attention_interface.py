@@ -173,7 +173,7 @@ class InterfaceHook:
             _choose(owner)
         self.state.shared_heads = share_of_heads(self.first)
         carry(self.checkpointing, self.state)
-        self.state.begin_forward()
+        self.state.begin_forward(root)
         found = self.read(root, args, kwargs)
         self.state.enter(None if isinstance(found, str) else found, False, found if isinstance(found, str) else UNKNOWN)
 

@@ -20,6 +20,7 @@ import torch.nn.functional
 
 from attn_plugins.method import AttentionCall
 from attn_plugins.patches import context_parallel
+from attn_plugins.patches.plain_tokens import PlainTokens, rotation_of
 from attn_plugins.runtime import Layer
 
 STATE = "_attn_plugins"
@@ -34,6 +35,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.layer: Layer | None = None
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.plain: PlainTokens | None = None
 
 
 _running = _Running()
@@ -60,12 +62,24 @@ def _attend(
         mask = None  # it is in the sequence's valid lengths
     call = AttentionCall(
         query, key, value, layer.kind, moment.sequence, scale, mask, causal, dropout,
-        first_head=first_head, layer_heads=layer_heads,
+        first_head=first_head, layer_heads=layer_heads, plain=_running.plain if layer.wants_plain else None,
     )  # fmt: skip
     if layer.wants_inputs:
         assert _running.inputs is not None  # set with the layer
         call.extras["args"], call.extras["kwargs"] = _running.inputs
     return layer.attend(call)
+
+
+def catch_q(norm: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a layer's `norm_q`: keeps what enters it, for methods that pool it."""
+    if _running.plain is not None:
+        _running.plain.found["q"] = norm, args[0]
+
+
+def catch_k(norm: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """`catch_q` of `norm_k`."""
+    if _running.plain is not None:
+        _running.plain.found["k"] = norm, args[0]
 
 
 def asks_for_method() -> bool:
@@ -118,6 +132,9 @@ def _attend_together(
         return None
     if layer.wants_inputs:
         root.refuse("context parallelism: the method reads the layer's input, of which each device holds a part")
+        return None
+    if _running.plain is not None and _running.plain.found:
+        root.refuse("context parallelism: the method pools what enters the layer, of which each device holds a part")
         return None
     found = context_parallel.exchange(parallel_config, query, key, root.moment.sequence, bool(root.text_apart))
     if isinstance(found, str):
@@ -229,22 +246,27 @@ def _generate(cls: type) -> type:
     lean = _LEAN.get(cls.__name__) if cls.__module__.startswith("diffusers.") else None
     overrides = {**_OVERRIDES, **_ADAPTERS} if "IPAdapter" in cls.__name__ else _OVERRIDES
     inner = _rebound(importlib.import_module(lean).call if lean else original, overrides)
+    rotation = rotation_of(cls, original)
 
     @functools.wraps(original)  # diffusers filters keyword arguments by this signature
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         layer = attn.__dict__.get(STATE)
         if layer is None:
             return original(self, attn, *args, **kwargs)
-        before, before_inputs = _running.layer, _running.inputs
+        before, before_inputs, before_plain = _running.layer, _running.inputs, _running.plain
         _running.layer = layer
         if layer.wants_inputs:
             _running.inputs = (args, kwargs)
+        if layer.wants_plain and rotation is not None:
+            _running.plain = PlainTokens(rotation, rotation.tables(args, kwargs))
         try:
             return inner(self, attn, *args, **kwargs)
         finally:
             _running.layer = before
             if layer.wants_inputs:
                 _running.inputs = before_inputs
+            if layer.wants_plain:
+                _running.plain = before_plain
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__

@@ -13,7 +13,7 @@ from torch import nn
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
 from attn_plugins.patches.context_parallel import text_is_apart
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
-from attn_plugins.patches.interception import ORIGINAL, STATE, intercepted, why_not
+from attn_plugins.patches.interception import ORIGINAL, STATE, catch_k, catch_q, intercepted, why_not
 from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import Layer, RootState
 
@@ -74,7 +74,7 @@ class RootHook:
             state.text_apart = text_is_apart(root) if state.text_apart is None else state.text_apart
             state.shared_heads = share_of_heads(self.swapped.modules[0])
         carry(self.checkpointing, state)
-        state.begin_forward()
+        state.begin_forward(root)
         found = self.read(root, args, kwargs)
         dense = state.is_dense_step(root, args, kwargs)
         if isinstance(found, str):
@@ -150,6 +150,11 @@ class ProcessorSwap:
             for site, layer in layers:
                 undo.append(functools.partial(_release, site.module))
                 site.module.__dict__[STATE] = layer
+                if layer.wants_plain:
+                    for name, catch in (("norm_q", catch_q), ("norm_k", catch_k)):
+                        norm = getattr(site.module, name, None)
+                        if isinstance(norm, nn.Module):
+                            undo.append(norm.register_forward_pre_hook(catch).remove)
             checkpointing = checkpointing_modules(root)
             undo.append(functools.partial(drop, checkpointing, state))
             carry(checkpointing, state)

@@ -20,6 +20,14 @@ Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the method or of patch: window=8x12x12.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures.")]
+Measures = Annotated[
+    int,
+    typer.Option(
+        help="Query rows of each head that one more run compares with dense attention: recall and relative L1 by layer "
+        "and step; 0 leaves it out.",
+        min=0,
+    ),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's own choice.", min=0)]
 
 
@@ -37,6 +45,7 @@ def demo(
     frames: Annotated[int, typer.Option(help="Frames of the video, 1 to 64; trained with up to 16.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
     seed: Seeds = None,
+    measures: Measures = 64,
     threads: Threads = 0,
     out: Out = Path("out"),
 ) -> None:
@@ -50,8 +59,9 @@ def demo(
         pipe = load_pipeline()
     settings = {"quality": quality, **read_options(option or [])}
     found = run(
-        pipe, method, call_kwargs=arguments, seeds=seed or [0], options=settings, to_frames=to_frames, progress=True
-    )
+        pipe, method, call_kwargs=arguments, seeds=seed or [0], options=settings, to_frames=to_frames,
+        measure_rows=measures, progress=True,
+    )  # fmt: skip
     _tell(found, out, f"demo_{method}")
 
 
@@ -71,6 +81,7 @@ def compare(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    measures: Measures = 64,
     threads: Threads = 0,
     out: Out = Path("out"),
 ) -> None:
@@ -88,7 +99,9 @@ def compare(
     with console().status(f"loading {folder}"):
         pipe = load_pipeline(folder, device, dtype)
     for method in methods:
-        found = run(pipe, method, call_kwargs=call, seeds=seed or [0], options=settings, progress=True)
+        found = run(
+            pipe, method, call_kwargs=call, seeds=seed or [0], options=settings, measure_rows=measures, progress=True
+        )
         _tell(found, out, f"{folder.resolve().name}_{method}")
 
 
@@ -122,18 +135,28 @@ def _use(threads: int) -> None:
 
 
 def _tell(found: Comparison, out: Path, name: str) -> None:
-    """The table, the drift per step, and where the pictures are."""
-    from attn_plugins.pipelines.pictures import write
+    """The tables, and where the pictures and the numbers are."""
+    from attn_plugins.pipelines import measure_files, pictures
+    from attn_plugins.pipelines.comparison import LAYERS_TITLE, STEPS_TITLE
 
     screen = console()
     seeds = ", ".join(map(str, found.seeds))
     screen.print(found.summary, markup=False, soft_wrap=True)
     title = f"{found.method} on {found.model}: {found.steps} steps, seed {seeds}; {found.machine}"
-    table = Table("", "dense", "patched", "", title=title)
-    for row in found.rows():
-        table.add_row(*row)
-    screen.print(table)
-    drifts = " ".join(f"{row.relative_l2:.1e}" for row in found.likeness.drift)
-    screen.print(f"drift of the latents per step (relative L2): {drifts}", markup=False)
-    for path in write(found, out, name):
+    screen.print(_table(title, [("", "dense", "patched", ""), *found.rows()]))
+    screen.print(_table(STEPS_TITLE, found.per_step()))
+    if found.measures is not None:
+        if found.measures.layer_steps:
+            screen.print(_table(LAYERS_TITLE, found.measures.per_layer()))
+        screen.print(found.measures.summary(), markup=False, soft_wrap=True)
+    for path in [*pictures.write(found, out, name), *measure_files.write(found, out, name)]:
         screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+    if not measure_files.can_plot():
+        screen.print("no plot of the steps: it needs matplotlib (pip install 'attn-plugins[plots]')", markup=False)
+
+
+def _table(title: str, rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*rows[0], title=title)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table

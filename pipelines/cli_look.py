@@ -12,6 +12,7 @@ from rich.table import Table
 
 from attn_plugins import presets
 from attn_plugins.pipelines.cli_app import console
+from attn_plugins.schedule import Schedule, describe
 
 
 def register(app: typer.Typer) -> None:
@@ -84,7 +85,7 @@ def preset_table(files: Iterable[presets.PresetFile]) -> Table:
                 *about,
                 quality,
                 settings,
-                f"{row.dense_steps:.0%}",
+                describe(Schedule(row.dense_steps)) or "none",
                 row.evidence,
                 end_section=quality == presets.QUALITIES[-1],
             )

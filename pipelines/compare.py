@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from attn_plugins import record
 from attn_plugins.handle import PatchHandle
-from attn_plugins.metrics import Drift, drift, psnr, ssim
+from attn_plugins.metrics import Drift, bit_identical, drift, latent_psnr, psnr, ssim
 from attn_plugins.metrics.ssim import WINDOW
 from attn_plugins.patching import patch
 from attn_plugins.pipelines.comparison import Comparison, Likeness, Timing, mean_drift
@@ -49,6 +50,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     options: Mapping[str, Any] | None = None,
     to_frames: Callable[[Any], torch.Tensor] | None = None,
+    measure_rows: int = 0,
     progress: bool = False,
 ) -> Comparison:
     """Run `pipe` dense and patched, and say what changed. The pipeline is left as it was.
@@ -61,6 +63,8 @@ def compare(
         options: keyword arguments of `patch` (quality, dense_steps, window, ...).
         to_frames: makes frames (B, F, H, W) uint8 or (B, F, C, H, W) float in 0..1 of the pipeline's output. None: the
             pipeline is asked for tensors; where call_kwargs ask for latents there are no pictures.
+        measure_rows: query rows of each head that are compared with dense attention, in one more patched run of the
+            first seed, for recall and relative L1 by layer and step (64 to 256 are usual); 0: no such run.
         progress: show a bar.
 
     Raises:
@@ -76,7 +80,7 @@ def compare(
     always = {**options, "dense_steps": 0}
 
     runs: dict[str, list[Run]] = {"dense": [], "patched": [], "again": []}
-    with _quiet(pipe), _ticker(progress, len(seeds), kwargs, pipe) as tick:
+    with _quiet(pipe), _ticker(progress, 3 * len(seeds) + bool(measure_rows), kwargs, pipe) as tick:
 
         def dense_run(seed: int, arguments: Mapping[str, Any], name: str) -> Run:
             return _run(pipe, arguments, seed, device, to_frames, lambda: tick(name))
@@ -93,13 +97,17 @@ def compare(
                 state, method_name = handle.patches[0].state, handle.method
             runs["again"].append(dense_run(seed, kwargs, "dense again"))
         same_sites = {"dense_steps": 0, "min_tokens": state.min_tokens, "layers": lambda site: site.name in names}
+        measures = None
+        if measure_rows:
+            with _patched(pipe, method, options) as handle, handle.measure(measure_rows) as measures:
+                dense_run(seeds[0], kwargs, "measures")
         clocks = {}
         for name, what, settings in (("dense", Dense(), same_sites), ("patched", method, always)):
             with _patched(pipe, what, settings) as handle:
                 clocks[name] = _clocked(pipe, handle, short, seeds[0], device, to_frames, lambda: tick("attention"))
 
     steps = len(runs["dense"][0].latents)
-    dense_steps = min(state.schedule.first_sparse_step(steps), steps)
+    sparse = state.schedule.sparse_steps(steps)
     saved = [row.saved for row in report]
     density = None if any(value is None for value in saved) else 1 - statistics.mean(value or 0.0 for value in saved)
     dense_runs = runs["dense"] + runs["again"]
@@ -109,17 +117,20 @@ def compare(
         summary=summary,
         seeds=tuple(seeds),
         steps=steps,
-        dense_steps=dense_steps,
+        dense_steps=steps - len(sparse),
         density=density,
-        dense=Timing(_median_step(dense_runs, 0), statistics.median(run.job for run in dense_runs), *clocks["dense"]),
+        dense=Timing(
+            _median_step(dense_runs, range(steps)), statistics.median(run.job for run in dense_runs), *clocks["dense"]
+        ),
         patched=Timing(
-            _median_step(runs["patched"], dense_steps),
+            _median_step(runs["patched"], sparse),
             statistics.median(run.job for run in runs["patched"]),
             *clocks["patched"],
         ),
         likeness=_likeness(runs["patched"], runs["dense"]),
         noise=_likeness(runs["again"], runs["dense"]),
         machine=_machine(device),
+        measures=measures,
         frames=tuple(
             (dense.frames, patched.frames)
             for dense, patched in zip(runs["dense"], runs["patched"], strict=True)
@@ -214,26 +225,38 @@ def _clocked(
     return statistics.median(laps[1:] or laps), statistics.median(run.seconds)
 
 
-def _median_step(runs: list[Run], first: int) -> float:
-    """Over the steps from `first` on; the seconds of the very first step are not known (the prompt is in them)."""
-    seconds = [second for run in runs for second in (run.seconds[max(first - 1, 0) :] or run.seconds[-1:])]
+def _median_step(runs: list[Run], steps: range) -> float:
+    """Over some steps; the seconds of the very first step are not known (the prompt is in them)."""
+    known = slice(max(steps.start - 1, 0), max(steps.stop - 1, 0))
+    seconds = [second for run in runs for second in (run.seconds[known] or run.seconds[-1:])]
     return statistics.median(seconds)
 
 
 def _likeness(runs: list[Run], reference: list[Run]) -> Likeness:
     drifts: list[list[Drift]] = []
+    latents, identical = [], []
     peaks, similarities = [], []
     for run, dense in zip(runs, reference, strict=True):
-        drifts.append([drift(a, b) for a, b in zip(run.latents, dense.latents, strict=True)])
+        pairs = list(zip(run.latents, dense.latents, strict=True))
+        drifts.append([drift(a, b) for a, b in pairs])
+        latents.append([latent_psnr(a, b) for a, b in pairs])
+        identical.append([bit_identical(a, b) for a, b in pairs])
         if run.frames is not None and dense.frames is not None:
             peaks.append(float(psnr(run.frames, dense.frames).mean()))
             if min(run.frames.shape[-2:]) >= WINDOW:
                 similarities.append(float(ssim(run.frames, dense.frames).mean()))
     return Likeness(
         mean_drift(drifts),
+        tuple(_finite_mean(step) for step in zip(*latents, strict=True)),
+        tuple(all(step) for step in zip(*identical, strict=True)),
         statistics.fmean(peaks) if peaks else None,
         statistics.fmean(similarities) if similarities else None,
     )
+
+
+def _finite_mean(decibels: Sequence[float]) -> float:
+    """Of those that differ from dense; infinite where none does."""
+    return statistics.fmean([value for value in decibels if not math.isinf(value)] or [math.inf])
 
 
 @contextlib.contextmanager
@@ -251,14 +274,14 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ticker(progress: bool, seeds: int, kwargs: Mapping[str, Any], pipe: Any) -> Iterator[Tick]:
+def _ticker(progress: bool, runs: int, kwargs: Mapping[str, Any], pipe: Any) -> Iterator[Tick]:
     if not progress:
         yield lambda name: None
         return
     from rich.progress import Progress
 
     steps = _steps(pipe, kwargs)
-    total = 2 * min(WARM_UP_STEPS, steps) + 3 * seeds * steps + 2 * min(TIMED_STEPS, steps)
+    total = 2 * min(WARM_UP_STEPS, steps) + runs * steps + 2 * min(TIMED_STEPS, steps)
     with Progress(transient=True) as bar:
         task = bar.add_task("compare", total=total)
         yield lambda name: bar.update(task, advance=1, description=name)

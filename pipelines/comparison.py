@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from attn_plugins.measures import TITLES, LayerStep, Measures, cells
 from attn_plugins.metrics import Drift
 from attn_plugins.plan.simulator import end_to_end
 from attn_plugins.report import table
+
+STEPS_TITLE = "each step: latents after it, and attention over all layers, against dense"
+LAYERS_TITLE = "each layer: attention against dense, the mean over its steps"
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,27 @@ class Timing:
 class Likeness:
     """Patched against dense, or dense against dense again: the noise floor. Pictures: mean over seeds and frames.
 
-    `drift` holds one row per step, of the latents after it, the mean over the seeds; psnr and ssim are None where there
-    are no pictures.
+    `drift`, `latent_psnr` (dB, over the range of the dense latents) and `identical` (the same bits, in every seed) have
+    one entry per step, of the latents after it, means over the seeds; psnr and ssim are None without pictures.
     """
 
     drift: tuple[Drift, ...]
+    latent_psnr: tuple[float, ...]
+    identical: tuple[bool, ...]
     psnr: float | None
     ssim: float | None
+
+    def latent_cell(self, step: int) -> str:
+        """The latents' PSNR after a step as text."""
+        return "bit-identical" if self.identical[step] else _decibels(self.latent_psnr[step])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dense against patched, seed by seed. `frames`: per seed (dense, patched), each (B, F, C, H, W) float in 0..1."""
+    """Dense against patched, seed by seed. `frames`: per seed (dense, patched), each (B, F, C, H, W) float in 0..1.
+
+    `measures`: of a run of its own, of the first seed; None if it was not asked for.
+    """
 
     model: str
     method: str
@@ -55,6 +68,7 @@ class Comparison:
     likeness: Likeness
     noise: Likeness
     machine: str
+    measures: Measures | None = None
     frames: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(default=(), repr=False)
 
     @property
@@ -105,14 +119,32 @@ class Comparison:
         rows.append(("", "dense again", "patched", ""))
         rows.append(("drift of the last latents", f"{floor.relative_l2:.2e}", f"{last.relative_l2:.2e}", "relative L2"))
         rows.append(("cosine of the last latents", f"{floor.cosine:.5f}", f"{last.cosine:.5f}", ""))
+        rows.append(("PSNR of the last latents", noise.latent_cell(-1), likeness.latent_cell(-1), "over their range"))
         if likeness.psnr is not None and noise.psnr is not None:
             rows.append(("PSNR", _decibels(noise.psnr), _decibels(likeness.psnr), "against dense, same seed"))
         if likeness.ssim is not None and noise.ssim is not None:
             rows.append(("SSIM", f"{noise.ssim:.4f}", f"{likeness.ssim:.4f}", "against dense, same seed"))
         return rows
 
+    def measured_in(self, step: int) -> list[LayerStep]:
+        """What was measured in a step, by layer; a run that began in mid schedule ends where the schedule does."""
+        if self.measures is None:
+            return []
+        step += max(self.measures.steps - self.steps, 0)
+        return [row for row in self.measures.layer_steps if row.step == step]
+
+    def per_step(self) -> list[tuple[str, ...]]:
+        """Cells of a table, header first: the latents after each step, and what was measured in it, over all layers."""
+        titles = TITLES if self.measures is not None and self.measures.layer_steps else ()
+        lines: list[tuple[str, ...]] = [("step", "drift", "PSNR", "floor", *titles)]
+        for step in range(self.steps):
+            latents = (one.latent_cell(step).removeprefix("bit-") for one in (self.likeness, self.noise))
+            measured = cells(self.measured_in(step)) if titles else ()
+            lines.append((str(step), f"{self.likeness.drift[step].relative_l2:.1e}", *latents, *measured))
+        return lines
+
     def render(self) -> str:
-        """Tables in plain text: the patch, the measures, the drift per step."""
+        """Tables in plain text: the patch, the measures, then each step and each layer."""
         seeds = ", ".join(map(str, self.seeds))
         lines = [
             f"{self.method} on {self.model}; {self.steps} steps, seeds {seeds}; {self.machine}",
@@ -121,9 +153,9 @@ class Comparison:
             "",
         ]
         lines += table([("", "dense", "patched", ""), *self.rows()])
-        lines += ["", "drift of the latents from dense, per step (relative L2; dense steps first):"]
-        drifts = [f"{row.relative_l2:.1e}" for row in self.likeness.drift]
-        lines += ["  " + "  ".join(drifts[start : start + 10]) for start in range(0, len(drifts), 10)]
+        lines += ["", STEPS_TITLE, *table(self.per_step())]
+        if self.measures is not None:
+            lines += ["", LAYERS_TITLE, self.measures.table()]
         return "\n".join(lines)
 
     def __str__(self) -> str:

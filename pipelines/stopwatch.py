@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_plugins.handle import PatchHandle
+from attn_plugins.measured_call import real_tokens
 from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
 from attn_plugins.sequence import Sequence
 
@@ -81,7 +82,7 @@ class DenseProcessor(Processor):
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         mask = call.mask
         if mask is None and call.sequence is not None and call.sequence.padded:
-            mask = key_mask(call.sequence, call.q.shape[0], call.q.device)
+            mask = real_tokens(call.sequence).to(call.q.device)[:, None, None]
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, mask, call.dropout, call.causal,
             scale=call.scale, enable_gqa=call.q.shape[1] != call.k.shape[1],
@@ -89,13 +90,3 @@ class DenseProcessor(Processor):
 
 
 DENSE = DenseProcessor()
-
-
-def key_mask(sequence: Sequence, batch: int, device: torch.device) -> torch.Tensor:
-    """(batch, 1, 1, N) bool: the keys that are not padding."""
-    mask = torch.ones(batch, 1, 1, sequence.length, dtype=torch.bool)
-    for index in range(batch):
-        for segment in (sequence.item(index) if sequence.batch else sequence).segments:
-            assert isinstance(segment.valid, int)  # item() has picked one
-            mask[index, :, :, segment.start + segment.valid : segment.start + segment.length] = False
-    return mask.to(device)

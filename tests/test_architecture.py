@@ -24,7 +24,7 @@ FLOORS = [
     "method runtime schedule",
     "methods | patches",
     "presets registry",
-    "patching targets selection handle recipe record report serving",
+    "patching targets selection handle measured_call measures measuring recipe record report serving",
     "__init__",
     "pipelines",
     "cli",

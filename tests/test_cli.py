@@ -11,6 +11,7 @@ from attn_plugins import presets, registry, simulate
 from attn_plugins.pipelines.cli import app
 from attn_plugins.pipelines.cli_look import field_docs
 from attn_plugins.pipelines.cli_values import options, per_axis, sizes
+from attn_plugins.pipelines.measure_files import can_plot
 
 HUNYUAN = ["simulate", "--grid", "30x48x80", "--window", "18x24x24", "--q-tile", "4x8x8", "--kv-tile", "2x8x8"]
 
@@ -141,11 +142,14 @@ def test_demo_writes_its_table_and_pictures(tmp_path):
     pytest.importorskip("diffusers")
     arguments = ["--frames", "4", "--steps", "2", "-o", "window=4x8x8", "-o", "dense_steps=0", "--seed", "1"]
     text = run("demo", *arguments, "--digits", "37,04", "--out", str(tmp_path / "pictures")).output
-    for word in ("step", "attention in a step", "of at most", "density", "drift", "PSNR", "dense again", "seed 1"):
-        assert word in text, f"{word!r} is missing from the table"
+    words = ("step", "attention in a step", "of at most", "density", "drift", "PSNR", "dense again", "seed 1")
+    for word in (*words, "bit-identical", "recall", "oracle", "rel. L1", "blocks.5.attn1", "least recall"):
+        assert word in text, f"{word!r} is missing from the tables"
     assert re.search(r"PSNR +│ equal", text), "dense against dense with one seed is the noise floor"
-    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert written == ["demo_gna.gif", "demo_gna.png"]
+    written = {path.name for path in (tmp_path / "pictures").iterdir()} - {"demo_gna_steps.png"}
+    assert written == {"demo_gna.gif", "demo_gna.png", "demo_gna_layers.csv", "demo_gna_steps.csv"}
+    plotted = (tmp_path / "pictures" / "demo_gna_steps.png").exists()
+    assert plotted == can_plot() and ("it needs matplotlib" in text) != plotted
 
 
 def test_demo_refuses_in_one_line(tmp_path):
@@ -169,8 +173,13 @@ def test_compare_runs_a_pipeline_from_disk(tmp_path):
     tiny_pipelines.build("flux").save_pretrained(tmp_path / "tiny")
     call = ["--steps", "3", "--height", "32", "--width", "32", "-a", "max_sequence_length=16", "--prompt", "a cat"]
     patch = ["-o", "window=4x4", "-o", "dense_steps=1", "-o", "min_tokens=1"]
-    text = run("compare", str(tmp_path / "tiny"), "gna", *call, *patch, "--out", str(tmp_path / "out")).output
+    call += ["--measures", "0", "--out", str(tmp_path / "out")]
+    text = run("compare", str(tmp_path / "tiny"), "gna", *call, *patch).output
     assert "gna on FluxPipeline: 3 steps" in text and re.search(r"dense steps +│ 3 of 3 +│ 1 of 3", text)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny_gna.png"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"tiny_gna_steps.png"} == {
+        "tiny_gna.png",
+        "tiny_gna_steps.csv",
+    }
+    assert "recall" not in text
     error = run("compare", str(tmp_path / "tiny"), "gna", "--frames", "3", "--steps", "1", code=2).stderr
     assert "num_frames" in error

@@ -201,6 +201,8 @@ def test_parse_reads_fractions_and_options():
         ("method: gna", "method: moa", "method='moa': must be 'gna'"),
         ("3/10", "3/0", "qualities.safe.dense_steps='3/0'"),
         ("0.25", "1.5", "qualities.balanced.dense_steps=1.5"),
+        ("0.25", "[0, 1.5]", "qualities.balanced.dense_steps=[0, 1.5]"),
+        ("0.25", "[0, 0.1, 0.2]", "or two, of start and end"),
         ("evidence: derived", "evidence: rumour", "evidence='rumour': legal are published, derived"),
         ("window: 1,", "window: 1, layers: all,", "qualities.fast.layers='all'"),
         ("  fast: {window: 1, dense_steps: 0}", "", "must be safe, balanced, fast"),

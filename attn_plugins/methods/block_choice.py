@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-from attn_plugins.method import AttentionCall, MethodConfig, Processor
+from attn_plugins.method import AttentionCall, Kept, MethodConfig, Processor
 from attn_plugins.ops import vmoba_attention
-from attn_plugins.ops.vmoba.layout import fit_block
+from attn_plugins.ops.checks import choose_backend, kernel_refusal, resolve_scale
+from attn_plugins.ops.vmoba.choice import choose_for_tiles, choose_for_tokens
+from attn_plugins.ops.vmoba.layout import decode, encode, fit_block, fit_tile
+from attn_plugins.ops.vmoba.selection import Selection
 from attn_plugins.sequence import Sequence
 
+SELECTION = ("rule", "scope", "k_blocks", "tau", "min_blocks", "max_blocks")
 THRESHOLD_DENSITY = 0.75  # blocks kept, of tau: min-max normalised scores of random fields need .65 to .8
 
 
@@ -49,6 +53,30 @@ class BlockChoiceProcessor(Processor):
         )
         assert isinstance(out, torch.Tensor)  # no LSE was asked for
         return out
+
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept:
+        sequence = call.sequence
+        assert sequence is not None  # it has taken the call
+        options = {"tile": None, "exact": False, **self.setting(sequence.grid)}
+        how = Selection(**{name: options[name] for name in SELECTION if name in options})
+        block = fit_block(sequence.grid, options["block"])
+        spec = encode(sequence, block, fit_tile(block, options["tile"]))
+        layout = decode(spec)[0][1]  # blocks and tiles of the grid are the same for every item
+        backend = getattr(self.config, "backend", "auto")
+        backend = choose_backend(backend, call.q.device, kernels=True, refusal=kernel_refusal(call.q))
+        backend = "cpu" if backend == "reference" else backend
+        asked = call.q, call.k, spec, how, resolve_scale(call.scale, call.q.shape[-1]), backend
+        tokens = (rows - sequence.text_before).clamp(0, sequence.tokens - 1)
+        if options["exact"]:
+            chosen = choose_for_tokens(*asked)[:, :, tokens.to(call.q.device)]
+        else:
+            tiles = layout.tile_of[tokens].to(call.q.device)
+            lists, count = (t[:, :, tiles] for t in choose_for_tiles(*asked))
+            behind = torch.arange(lists.shape[-1], device=lists.device) >= count[..., None]
+            none = lists.new_zeros(*lists.shape[:3], layout.count + 1, dtype=torch.bool)
+            listed = lists.long().masked_fill(behind, layout.count)
+            chosen = none.scatter_(-1, listed, True)[..., : layout.count]
+        return Kept.on_grid(sequence, rows, layout.own[layout.tile_of], chosen)
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense pairs, text included. By a threshold it depends on the content: an estimate.

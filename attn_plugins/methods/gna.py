@@ -11,9 +11,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.method import AttentionCall, Kept, Method, MethodConfig, Processor, SiteKind
 from attn_plugins.methods.gna_causal import CausalWindowProcessor
 from attn_plugins.methods.gna_setting import Fitted, Setting
 from attn_plugins.ops import neighborhood_attention
@@ -146,10 +147,7 @@ class GNAProcessor(Processor):
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         sequence = call.sequence
         assert sequence is not None  # Layer.attend calls no processor without one
-        heads = call.q.shape[1]
-        rows = self.config.fit(sequence.grid, call.layer_heads or heads)
-        if len(rows) > 1:
-            rows = rows[call.first_head : call.first_head + heads]
+        rows = self._fitted(call, sequence)
         columns = {name: [getattr(row, name) for row in rows] for name in SETTING}
         setting: dict[str, Any] = {name: column if len(column) > 1 else column[0] for name, column in columns.items()}
         out = neighborhood_attention(
@@ -165,6 +163,27 @@ class GNAProcessor(Processor):
         )
         assert isinstance(out, torch.Tensor)  # no LSE was asked for
         return out
+
+    def _fitted(self, call: AttentionCall, sequence: Sequence) -> list[Fitted]:
+        """The setting of each query head of the call; one entry if they are all alike."""
+        heads = call.q.shape[1]
+        rows = self.config.fit(sequence.grid, call.layer_heads or heads)
+        return rows[call.first_head : call.first_head + heads] if len(rows) > 1 else rows
+
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept:
+        sequence = call.sequence
+        assert sequence is not None  # it has taken the call
+        tokens = (rows - sequence.text_before).clamp(0, sequence.tokens - 1).numpy()
+        coordinates = np.unravel_index(tokens, sequence.grid)
+        per_head = []
+        for one in self._fitted(call, sequence):
+            seen = torch.ones(len(rows), 1, dtype=torch.bool)
+            axes = axis_windows(sequence.grid, one.window, one.stride, one.dilation, one.causal)
+            for axis, queries in zip(axes, coordinates, strict=True):
+                seen = (seen[:, :, None] & torch.from_numpy(axis.seen_from(queries))[:, None]).flatten(1)
+            per_head.append(seen)
+        chosen = torch.stack(per_head)[None].to(call.q.device)
+        return Kept.on_grid(sequence, rows, torch.arange(sequence.tokens), chosen)
 
     def plan(self, sequence: Sequence, head: int = 0, heads: int = 1, itemsize: int = 4) -> BlockPlan:
         """The block plan of a head, as the CPU backend runs it (`sequence` with plain valid lengths)."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attn_plugins.method import AttentionCall, Processor
+from attn_plugins.method import AttentionCall, Kept, Processor
 from attn_plugins.methods.gna_causal_tiles import Score, attention, plain_keys, tiled
 from attn_plugins.ops import neighborhood_attention
 from attn_plugins.sequence import Sequence
@@ -119,6 +119,13 @@ class CausalWindowProcessor(Processor):
         if queries == keys:
             return self._prefill(call.q, call.k, call.v, rule, score)
         return self._cached(call.q, call.k, call.v, rule, score)
+
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept:
+        where = call.keys or plain_keys(call.q, call.k)
+        position = where.first[:, None] + rows.to(call.q.device)
+        rule = self.rule.within(call.k.shape[2], call.sliding_window)
+        seen = rule.sees(position[:, :, None], where.positions[:, None])
+        return Kept(torch.arange(call.k.shape[2], device=call.q.device), seen[:, None])
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense causal pairs."""

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.method import AttentionCall, Kept, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.ops.checks import choose_backend, kernel_refusal
 from attn_plugins.ops.vmoba.causal import causal_block_attention
+from attn_plugins.ops.vmoba.layout import encode
 from attn_plugins.sequence import Sequence
 
 
@@ -52,7 +54,7 @@ class MoBAProcessor(Processor):
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         queries, keys = call.q.shape[2], call.k.shape[2]
-        if queries == keys and keys > self.config.block * self.config.k_blocks:
+        if self._is_sparse(call):
             return causal_block_attention(
                 call.q, call.k, call.v, block=self.config.block, k_blocks=self.config.k_blocks, scale=call.scale
             )
@@ -64,6 +66,20 @@ class MoBAProcessor(Processor):
             call.q, call.k, call.v, mask, is_causal=queries == keys, scale=call.scale,
             enable_gqa=call.q.shape[1] != call.k.shape[1],
         )  # fmt: skip
+
+    def _is_sparse(self, call: AttentionCall) -> bool:
+        return call.q.shape[2] == call.k.shape[2] > self.config.block * self.config.k_blocks
+
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept:
+        keys, block = call.k.shape[2], self.config.block
+        block_of = torch.arange(keys, device=call.q.device) // block
+        if self._is_sparse(call):
+            spec = encode(Sequence((keys,)), (block,), (block,))
+            choose = torch.ops.attn_plugins.moba_tokens  # what causal_block_attention chooses by
+            backend = choose_backend("auto", call.q.device, kernels=True, refusal=kernel_refusal(call.q))
+            chosen = choose(call.q.detach(), call.k.detach(), spec, self.config.k_blocks, backend)
+            return Kept(block_of, chosen[:, :, rows.to(call.q.device)])
+        return Kept(block_of, block_of.new_ones(1, 1, len(rows), -(-keys // block), dtype=torch.bool))
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense causal pairs of a prefill."""

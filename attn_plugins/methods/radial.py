@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
+from attn_plugins.method import AttentionCall, Kept, Method, MethodConfig, Processor, SiteKind
 from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.checks import choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.ops.vmoba.layout import decode, encode
@@ -81,6 +81,16 @@ class RadialProcessor(Processor):
         ]
         return _op(q, call.k, call.v, resolve_scale(call.scale, q.shape[-1]), spec, backend)[0]
 
+    def kept(self, call: AttentionCall, rows: torch.Tensor) -> Kept:
+        sequence = call.sequence
+        assert sequence is not None  # it has taken the call
+        frames, tokens = _frames(sequence)
+        grid = torch.arange(sequence.tokens)
+        block_of = grid // tokens * -(-tokens // self.config.block) + grid % tokens // self.config.block
+        seen = radial_blocks(frames, tokens, self.config)
+        chosen = seen[block_of[(rows - sequence.text_before).clamp(0, sequence.tokens - 1)]]
+        return Kept.on_grid(sequence, rows, block_of, chosen[None, None].to(call.q.device))
+
     def density(self, sequence: Sequence) -> float:
         config = dataclasses.replace(self.config, backend="auto")
         items = [sequence.item(b) for b in range(sequence.batch or 1)]
@@ -100,8 +110,7 @@ _op = register_sparse_op("radial", _plans_of)
 @functools.lru_cache(maxsize=64)
 def radial_plan(sequence: Sequence, config: RadialConfig) -> BlockPlan:
     """The block plan of a sequence with plain valid lengths; text sees everything and is seen by all."""
-    grid = sequence.grid[1:] if len(sequence.grid) == 3 and sequence.grid[0] == 1 else sequence.grid
-    frames, tokens = grid[0], math.prod(grid[1:])
+    frames, tokens = _frames(sequence)
     seen = radial_blocks(frames, tokens, config)
     before, after = sequence.valid_before, sequence.valid_after
     assert isinstance(before, int) and isinstance(after, int)  # an item's are
@@ -113,6 +122,12 @@ def radial_plan(sequence: Sequence, config: RadialConfig) -> BlockPlan:
     lists = [row.nonzero()[:, 0].tolist() for row in seen]
     blocks += text
     return BlockPlan.from_lists(blocks, blocks, lists, q_length=sequence.length, kv_length=sequence.length)
+
+
+def _frames(sequence: Sequence) -> tuple[int, int]:
+    """How many, and tokens of each."""
+    grid = sequence.grid[1:] if len(sequence.grid) == 3 and sequence.grid[0] == 1 else sequence.grid
+    return grid[0], math.prod(grid[1:])
 
 
 def radial_blocks(frames: int, tokens: int, config: RadialConfig) -> torch.Tensor:

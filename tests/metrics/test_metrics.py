@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_plugins.metrics import drift, psnr, ssim
+from attn_plugins.metrics import bit_identical, drift, latent_psnr, psnr, ssim
 
 skimage_metrics = pytest.importorskip("skimage.metrics")
 
@@ -90,3 +90,22 @@ def test_drift_of_nothing():
 def test_drift_error():
     with pytest.raises(ValueError, match="one shape"):
         drift(torch.zeros(2), torch.zeros(3))
+
+
+def test_latent_psnr_is_over_the_reference_range():
+    reference = torch.tensor([-1.0, 0.0, 3.0])
+    assert latent_psnr(reference + torch.tensor([0.4, 0.0, 0.0]), reference) == pytest.approx(
+        10 * math.log10(16 / (0.16 / 3)), abs=1e-5
+    )
+    assert latent_psnr(3 * reference, 3 * reference) == math.inf
+    assert latent_psnr(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])) == -math.inf, "no range"
+    with pytest.raises(ValueError, match="one shape"):
+        latent_psnr(torch.zeros(2), torch.zeros(3))
+
+
+def test_bit_identical():
+    a = torch.randn(3, 4)
+    assert bit_identical(a, a.clone()) and bit_identical(a.t(), a.t().contiguous())
+    assert not bit_identical(torch.zeros(2), -torch.zeros(2)), "equal, but not the same bits"
+    assert not bit_identical(a, a.double()) and not bit_identical(a, a[:2])
+    assert bit_identical(torch.full((2,), math.nan), torch.full((2,), math.nan))

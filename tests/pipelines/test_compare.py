@@ -1,5 +1,7 @@
 """compare on a real tiny pipeline: what it measures, that it leaves no trace, and what it refuses."""
 
+import csv
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import attn_plugins
 from attn_plugins.metrics import drift
-from attn_plugins.pipelines import pictures
+from attn_plugins.pipelines import measure_files, pictures
 from attn_plugins.pipelines.compare import as_frames, compare
 from attn_plugins.record import patches_of
 from tests.support import tiny_pipelines
@@ -25,7 +27,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def found(pipe):
-    return compare(pipe, "gna", call_kwargs=CALL, seeds=(0, 1), options=SETTING)
+    return compare(pipe, "gna", call_kwargs=CALL, seeds=(0, 1), options=SETTING, measure_rows=16)
 
 
 def latents_per_step(pipe, seed):
@@ -61,6 +63,79 @@ def test_noise_floor_is_zero_where_the_machine_is_deterministic(found):
     assert all(row.relative_l2 == 0 for row in found.noise.drift)
     assert found.noise.psnr == math.inf and found.noise.ssim == pytest.approx(1)
     assert found.likeness.psnr < 100 and found.likeness.ssim < 1
+
+
+def test_latent_psnr_is_over_the_dense_range_and_its_floor_is_bit_identical(pipe, found):
+    values = []
+    for seed in found.seeds:
+        dense = latents_per_step(pipe, seed)
+        with attn_plugins.patched(pipe, "gna", **SETTING):
+            moved = latents_per_step(pipe, seed)
+        errors = [(a.double() - b.double()).square().mean() for a, b in zip(moved, dense, strict=True)]
+        ranges = [float(b.max()) - float(b.min()) for b in dense]
+        values.append([10 * math.log10(r**2 / e) if e else math.inf for r, e in zip(ranges, errors, strict=True)])
+    assert found.likeness.latent_psnr[:2] == (math.inf, math.inf) and found.likeness.identical == (
+        True,
+        True,
+        False,
+        False,
+    )
+    assert found.likeness.latent_psnr[2:] == pytest.approx(
+        [sum(column) / 2 for column in zip(*values, strict=True)][2:]
+    )
+    assert found.noise.latent_psnr == (math.inf,) * STEPS and all(found.noise.identical)
+    last = next(row for row in found.rows() if row[0] == "PSNR of the last latents")
+    assert last[1:3] == ("bit-identical", f"{found.likeness.latent_psnr[3]:.1f} dB")
+
+
+def test_measures_are_those_of_the_handle(pipe, found):
+    with attn_plugins.patched(pipe, "gna", **SETTING) as handle, handle.measure(rows=16) as measures:
+        latents_per_step(pipe, 0)
+    assert found.measures.layer_steps == measures.layer_steps and {row.step for row in measures.layer_steps} == {2, 3}
+    head, *steps = found.per_step()
+    assert head == ("step", "drift", "PSNR", "floor", "recall", "oracle", "density", "rel. L1")
+    assert steps[1][2:] == ("identical", "identical", "-", "-", "-", "-")
+    recall = sum(row.recall for row in found.measured_in(3)) / 2
+    assert steps[3][4] == f"{recall:.1%}" and measures.table() in str(found)
+
+
+def test_steps_and_layers_as_files(found, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    steps, layers, plot = measure_files.write(found, tmp_path / "new", "wan")
+    assert [path.name for path in (steps, layers, plot)] == ["wan_steps.csv", "wan_layers.csv", "wan_steps.png"]
+    with steps.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["latent_psnr"] == "inf" for row in rows] == [True, True, False, False]
+    assert all(row["floor_psnr"] == "inf" and row["floor_bit_identical"] == "True" for row in rows)
+    assert rows[0]["recall"] == "" and 0 < float(rows[3]["recall"]) < float(rows[3]["oracle"]) < 1
+    assert len(layers.read_text().splitlines()) == 1 + 4
+    with image.open(plot) as picture:
+        with_maps = picture.height
+    alone = dataclasses.replace(found, measures=None)
+    paths = measure_files.write(alone, tmp_path, "alone")
+    assert [path.name for path in paths] == ["alone_steps.csv", "alone_steps.png"]
+    with image.open(paths[1]) as picture:
+        assert picture.height < with_maps, "the curve without the maps"
+    assert len(alone.per_step()[0]) == 4
+
+
+def test_a_run_from_mid_schedule_ends_where_the_schedule_does(found):
+    later = dataclasses.replace(found, steps=3)
+    assert later.measured_in(2) == found.measured_in(3) != [] and later.measured_in(0) == found.measured_in(1) == []
+
+
+def test_a_floor_that_is_not_identical_is_shown(found, tmp_path):
+    noise = dataclasses.replace(
+        found.noise, identical=(True, False, False, False), latent_psnr=(math.inf, 90.0, 80.0, 70.0)
+    )
+    noisy = dataclasses.replace(found, noise=noise)
+    assert [row[3] for row in noisy.per_step()[1:]] == ["identical", "90.0 dB", "80.0 dB", "70.0 dB"]
+    pytest.importorskip("matplotlib")
+    pictures = [
+        measure_files.plot(one, tmp_path / name).read_bytes() for one, name in ((found, "a.png"), (noisy, "b.png"))
+    ]
+    assert pictures[0] != pictures[1]
 
 
 def test_frames_are_those_of_the_pipeline(pipe, found):
@@ -119,7 +194,8 @@ def test_pictures(found, tmp_path):
 def test_latents_alone_give_no_pictures(pipe, tmp_path):
     call = {**CALL, "output_type": "latent", "num_inference_steps": 1}
     without = compare(pipe, "gna", call_kwargs=call, options={**SETTING, "dense_steps": 0})
-    assert without.frames == () and without.likeness.psnr is None and "PSNR" not in str(without)
+    assert without.frames == () and without.likeness.psnr is None
+    assert "PSNR" not in [row[0] for row in without.rows()] and "PSNR of the last latents" in str(without)
     assert pictures.write(without, tmp_path, "wan") == []
 
 

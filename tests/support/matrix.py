@@ -18,6 +18,8 @@ SPARSE: dict[str, dict[str, Any]] = {
     "draft": {"pool": (2, 2), "keep": 1},
     "sparge": {"block": 4, "tau": 0.0},
     "radial": {"block": 1, "decay": 0.5, "sink": False},
+    "agent": {"ratio": 0.2},
+    "kv_pool": {"factor": 2},
 }
 FULL: dict[str, dict[str, Any]] = {
     "windowed": {"size": 0},
@@ -25,6 +27,7 @@ FULL: dict[str, dict[str, Any]] = {
     "vmoba": {"rule": "threshold", "tau": 1.0},
     "draft": {"keep": 1.0},
     "sparge": {"tau": 1.0},
+    "kv_pool": {"factor": 1},
 }
 # those of them that show a window of two tokens an axis, or the whole grid
 WINDOWS = ("windowed", "gna")

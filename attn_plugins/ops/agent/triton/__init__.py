@@ -1,0 +1,1 @@
+"""Triton kernels of `agent_attention`. Imported only where they run."""

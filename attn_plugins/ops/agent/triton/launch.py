@@ -1,0 +1,172 @@
+"""The Triton backend of `agent_attention`: what each kernel is called with. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from attn_plugins.ops.agent.steps import Gradients
+from attn_plugins.ops.agent.triton import configs
+from attn_plugins.ops.agent.triton.backward import grad_bias_kernel, grad_keys_kernel, grad_rows_kernel
+from attn_plugins.ops.agent.triton.forward import attend_kernel
+from attn_plugins.ops.decode.triton.kernels import combine_shares
+from attn_plugins.ops.target import on_device, triton_target
+
+SHARES = 16  # that the merge holds at once
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    values: torch.Tensor | None = None,
+    shortcut: float = 0.0,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `steps.Backend` says. The keys are split where there are too few blocks of rows to fill the device."""
+    batch, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    out = torch.empty_like(q) if into is None else into
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    config = _config_of("attend", q, queries, keys)
+    programs = triton.cdiv(queries, config.block_m) * batch * heads
+    splits = 1 if values is not None else configs.split_count(programs, keys, config.block_n)
+    partial, partial_lse = out[..., None, :], lse
+    if splits > 1:
+        partial = _shares(q, splits)
+        partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
+    with on_device(q):
+        attend_kernel[programs, splits](
+            q, k, v, bias, values, partial, partial_lse,
+            *q.stride(), *k.stride(), *v.stride(), *_spread(bias), *_strides(values),
+            *_share_strides(partial),
+            heads, heads // k.shape[1], _group(values, heads), queries, keys, splits, scale, shortcut,
+            **_shape(q, config), SPLIT=splits > 1,
+        )  # fmt: skip
+        if splits > 1:
+            combine_shares[batch * heads * queries,](
+                partial, partial_lse, out, lse, *out.stride(), heads, queries, splits,
+                SHARES=SHARES, D=head_dim, WIDTH=_width(head_dim), num_warps=2, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out, lse
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    wants_bias: bool,
+    values: torch.Tensor | None = None,
+    shortcut: float = 0.0,
+) -> Gradients:
+    """As `steps.Backend` says. The longer axis is split where the blocks of the other are too few."""
+    batch, heads, queries, _ = q.shape
+    kv_heads, keys = k.shape[1:3]
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride(), *_spread(bias))
+    with on_device(q):
+        config = _config_of("grad_rows", q, queries, keys)
+        programs = triton.cdiv(queries, config.block_m) * batch * heads
+        splits = 1 if wants_bias else configs.split_count(programs, keys, config.block_n)
+        grad_q = _shares(q, splits)
+        grad_rows_kernel[programs, splits](
+            grad, q, k, v, bias, values, out, lse, delta, grad_q,
+            *strides, *_strides(values), *out.stride(), *_share_strides(grad_q),
+            heads, heads // kv_heads, _group(values, heads), queries, keys, splits, scale, shortcut,
+            **_shape(q, config), EXACT=wants_bias,
+        )  # fmt: skip
+        config = _config_of("grad_keys", q, queries, keys)
+        programs = triton.cdiv(keys, config.block_n) * batch * kv_heads
+        splits = configs.split_count(programs, queries, config.block_m)
+        grad_k, grad_v = _shares(k, splits), _shares(v, splits)
+        grad_keys_kernel[programs, splits](
+            grad, q, k, v, bias, lse, delta, grad_k, grad_v,
+            *strides, *_share_strides(grad_k), *_share_strides(grad_v),
+            kv_heads, heads // kv_heads, queries, keys, splits, scale, **_shape(q, config),
+        )  # fmt: skip
+    grad_bias = None
+    if wants_bias and bias is not None:
+        grad_bias = _grad_bias(grad, q, k, v, bias, lse, delta, scale, strides)
+    return _summed(grad_q, q), _summed(grad_k, k), _summed(grad_v, v), grad_bias
+
+
+def _grad_bias(grad, q, k, v, bias, lse, delta, scale, strides) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    batch, heads, queries, _ = q.shape
+    keys, (items, own_heads) = k.shape[2], bias.shape[:2]
+    whole = torch.empty(items, own_heads, queries, keys, dtype=torch.float32, device=q.device)
+    config = _config_of("grad_bias", q, queries, keys)
+    with on_device(q):
+        grad_bias_kernel[triton.cdiv(queries, config.block_m) * items * own_heads, triton.cdiv(keys, config.block_n)](
+            grad, q, k, v, bias, lse, delta, whole, *strides,
+            heads, heads // k.shape[1], queries, keys, own_heads, batch // items, heads // own_heads, scale,
+            **_shape(q, config),
+        )  # fmt: skip
+    return whole.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _shares(like: torch.Tensor, splits: int) -> torch.Tensor:
+    """(..., splits, D): float32 to be summed, or one share that is the result itself, in its layout."""
+    if splits == 1:
+        return torch.empty_like(like)[..., None, :]
+    return torch.empty(*like.shape[:3], splits, like.shape[3], dtype=torch.float32, device=like.device)
+
+
+def _share_strides(t: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """Of batch, head, token, channel, share."""
+    b, h, n, split, d = t.stride()
+    return b, h, n, d, split
+
+
+def _summed(shares: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return shares[..., 0, :] if shares.shape[3] == 1 else shares.sum(3).to(like.dtype)
+
+
+def _config_of(kernel: str, q: torch.Tensor, queries: int, keys: int) -> configs.Config:
+    """The table's config, with tiles no longer than the axes: few agents in a wide tile would leave it idle."""
+    config = configs.config_for(kernel, triton_target() or "", q.dtype, q.shape[-1])
+    block_m, block_n = (
+        min(block, max(16, triton.next_power_of_2(length)))
+        for block, length in ((config.block_m, queries), (config.block_n, keys))
+    )
+    return configs.Config(block_m, block_n, config.warps, config.stages)
+
+
+def _shape(q: torch.Tensor, config: configs.Config) -> dict[str, object]:
+    return {
+        "D": q.shape[-1],
+        "WIDTH": _width(q.shape[-1]),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _spread(bias: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """A bias's strides, 0 along axes that it broadcasts over."""
+    if bias is None:
+        return 0, 0, 0, 0
+    steps = (step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride(), strict=True))
+    return tuple(steps)  # type: ignore[return-value]
+
+
+def _group(values: torch.Tensor | None, heads: int) -> int:
+    return 1 if values is None else heads // values.shape[1]
+
+
+def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if t is None else t.stride()
+
+
+def _width(head_dim: int) -> int:
+    """Tiles are powers of two wide, and a product needs 16."""
+    return max(16, triton.next_power_of_2(head_dim))
