@@ -29,7 +29,9 @@ def save_log(rows: list, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     with open(out / "training_log.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("step", "minutes", "length", "loss", "text", "answers", "lr"), *rows])
+        csv.writer(file, lineterminator="\n").writerows(
+            [("step", "minutes", "length", "loss", "text", "answers", "lr"), *rows]
+        )
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for column, name in ((4, "running text"), (5, "answers of retrieval")):
         points = [(row[1], row[column]) for row in rows if row[column] == row[column]]
