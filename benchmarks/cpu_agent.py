@@ -13,7 +13,6 @@ the shortcut of the published Stable Diffusion setting. `ideal` is N / (2 n), wh
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attn_plugins.ops import agent_attention  # noqa: E402
 from attn_plugins.ops.agent import agent_grid, pool_tokens  # noqa: E402
-from benchmarks import machine  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,18 +90,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = ([4096], [64]) if arguments.quick else (arguments.tokens, arguments.head_dims)
     plan = list(itertools.product(*sizes, arguments.dtypes))
-    about = machine.describe()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = None
-        for number, (tokens, head_dim, dtype) in enumerate(plan, 1):
-            row = {**measure(tokens, head_dim, dtype, 0.5 if arguments.quick else 10.0), **about}
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(f"[{number}/{len(plan)}]", *(f"{name} {row[name]}" for name in list(row)[: -len(about)]))
+    seconds = 0.5 if arguments.quick else 10.0
+    write_rows(plan, lambda case: measure(*case, seconds), arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ against the better of both, `of_bytes_positions` is that of `positions_ms` again
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attn_plugins.ops import decode_attention  # noqa: E402
-from benchmarks import machine  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,18 +114,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens = [8192] if arguments.quick else arguments.tokens
     plan = list(itertools.product(tokens, HEADS, arguments.dtypes, MIXES))
-    about = machine.describe()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = None
-        for number, (length, (heads, kv_heads), dtype, density) in enumerate(plan, 1):
-            row = {**measure(length, heads, kv_heads, dtype, density, 0.5 if arguments.quick else 3.0), **about}
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(f"[{number}/{len(plan)}]", *(f"{name} {row[name]}" for name in list(row)[: -len(about)]))
+    seconds = 0.5 if arguments.quick else 3.0
+    write_rows(plan, lambda case: measure(case[0], *case[1], *case[2:], seconds), arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ masked attention in float64. Columns: `spans` of the heads (one, or a mixed laye
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from attn_plugins.ops.spans import cpu  # noqa: E402
 from attn_plugins.ops.spans.cost import CHUNKS, band_cost, choose_bands  # noqa: E402
 from attn_plugins.ops.spans.parts import Band, corners, edges, history, tiles  # noqa: E402
 from attn_plugins.plan.spans import SpanRule  # noqa: E402
-from benchmarks import machine  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -170,18 +169,7 @@ def main() -> None:
             if not backward and len(problem.shares) == 1:
                 forms(problem, dtype, dim)
         return
-    about = machine.describe()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = None
-        for number, case in enumerate(plan, 1):
-            row = {**measure(*case), **about}
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(f"[{number}/{len(plan)}]", *(f"{name} {value}" for name, value in list(row.items())[: -len(about)]))
+    write_rows(plan, lambda case: measure(*case), arguments.out)
 
 
 if __name__ == "__main__":

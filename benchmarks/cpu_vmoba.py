@@ -11,7 +11,6 @@ two speed-ups reach.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from attn_plugins.ops.vmoba.lists import attend_lists  # noqa: E402
 from attn_plugins.ops.vmoba.rows_op import attend_rows  # noqa: E402
 from attn_plugins.ops.vmoba.selection import Selection  # noqa: E402
 from attn_plugins.sequence import Sequence  # noqa: E402
-from benchmarks import machine  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,18 +159,7 @@ def main() -> None:
         for problem in (QUICK if arguments.quick else PROBLEMS)
         if form == "pooled" or problem.tile is None
     ]
-    about = machine.describe()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = None
-        for number, case in enumerate(plan, 1):
-            row = {**measure(*case), **about}
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(f"[{number}/{len(plan)}]", *(row[name] for name in list(row)[: -len(about)]))
+    write_rows(plan, lambda case: measure(*case), arguments.out)
 
 
 if __name__ == "__main__":

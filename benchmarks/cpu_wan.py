@@ -10,7 +10,7 @@ took `density` of its dense time and nothing else were needed: 1 / (1 - share * 
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attn_plugins  # noqa: E402
 from attn_plugins.sequence import Sequence  # noqa: E402
-from benchmarks import machine  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,19 +92,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_wan.csv"))
     arguments = parser.parse_args()
-    about = machine.describe()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = None
-        for dtype in arguments.dtypes:
-            for name in arguments.settings:
-                row = measure(name, arguments.layers, tuple(arguments.grid), dtype, arguments.rounds)
-                writer = writer or csv.DictWriter(file, [*row, *about], lineterminator="\n")
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow({**row, **about})
-                file.flush()
-                print(*row.values(), flush=True)
+    plan = list(itertools.product(arguments.settings, arguments.dtypes))
+    grid = tuple(arguments.grid)
+    write_rows(plan, lambda case: measure(case[0], arguments.layers, grid, case[1], arguments.rounds), arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from attn_plugins.ops.target import kernels_run_on
+from attn_plugins.sequence import Sequence, text_lengths
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -41,6 +44,26 @@ def kernel_refusal(q: torch.Tensor) -> str:
     if q.shape[-1] > KERNEL_HEAD_DIM:
         return f"the kernels take head sizes of up to {KERNEL_HEAD_DIM}, not {q.shape[-1]}"
     return ""
+
+
+def check_sequence(q: torch.Tensor, k: torch.Tensor, grid: Any, text_before: Any, text_after: Any) -> Sequence:
+    """What the tokens of q and k are, from the options of an operator on a grid.
+
+    Raises:
+        ValueError, TypeError: an illegal grid or text, or tensors of another length or batch.
+    """
+    before, valid_before = text_lengths("text_before", text_before)
+    after, valid_after = text_lengths("text_after", text_after)
+    sequence = Sequence(grid, before, after, valid_before, valid_after)
+    if not q.shape[2] == k.shape[2] == sequence.length:
+        raise ValueError(
+            f"q has {q.shape[2]} tokens, k {k.shape[2]}; text_before {before} + grid {sequence.grid} "
+            f"({sequence.tokens}) + text_after {after} makes {sequence.length}"
+        )
+    for valid in (valid_before, valid_after):  # here, not in Sequence: it makes one int of rows that are all alike
+        if isinstance(valid, tuple) and len(valid) != q.shape[0]:
+            raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
+    return sequence
 
 
 def choose_backend(backend: str, device: torch.device, kernels: bool = False, refusal: str = "") -> str:

@@ -9,14 +9,14 @@ import torch
 
 from attn_plugins.ops.block_sparse.op import register_sparse_op
 from attn_plugins.ops.block_sparse.reference import masked_attention
-from attn_plugins.ops.checks import check_qkv, choose_backend, kernel_refusal, resolve_scale
+from attn_plugins.ops.checks import check_qkv, check_sequence, choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.ops.heads import attend_by_head
 from attn_plugins.ops.neighborhood.heads import HeadSetting, head_settings
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask
 from attn_plugins.ops.neighborhood.spec import encode, plans_of
 from attn_plugins.ops.spans.op import attend_spans
 from attn_plugins.plan.windows import axis_windows
-from attn_plugins.sequence import Sequence, text_lengths
+from attn_plugins.sequence import Sequence
 
 PerAxis = int | tuple[int, ...] | list[tuple[int, ...]]
 
@@ -61,17 +61,7 @@ def neighborhood_attention(
         ValueError, TypeError: an illegal setting (named by axis and value), or tensors that do not fit it.
     """
     check_qkv(q, k, v)
-    before, valid_before = text_lengths("text_before", text_before)
-    after, valid_after = text_lengths("text_after", text_after)
-    sequence = Sequence(grid, before, after, valid_before, valid_after)  # type: ignore[arg-type]
-    if not q.shape[2] == k.shape[2] == sequence.length:
-        raise ValueError(
-            f"q has {q.shape[2]} tokens, k {k.shape[2]}; text_before {before} + grid {sequence.grid} "
-            f"({sequence.tokens}) + text_after {after} makes {sequence.length}"
-        )
-    for valid in (valid_before, valid_after):  # here, not in Sequence: it makes one int of rows that are all alike
-        if isinstance(valid, tuple) and len(valid) != q.shape[0]:
-            raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
+    sequence = check_sequence(q, k, grid, text_before, text_after)
     factor = resolve_scale(scale, q.shape[-1])
     chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     settings = head_settings(sequence.grid, q.shape[1], window, stride, dilation, causal)

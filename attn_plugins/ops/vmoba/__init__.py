@@ -6,14 +6,13 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from attn_plugins.ops.checks import check_qkv, choose_backend, kernel_refusal, resolve_scale
+from attn_plugins.ops.checks import check_qkv, check_sequence, choose_backend, kernel_refusal, resolve_scale
 from attn_plugins.ops.vmoba.choice import choose_for_tiles, choose_for_tokens
 from attn_plugins.ops.vmoba.layout import decode, encode, fit_block, fit_tile
 from attn_plugins.ops.vmoba.lists import attend_lists
 from attn_plugins.ops.vmoba.reference import vmoba_reference
 from attn_plugins.ops.vmoba.rows_op import attend_rows
 from attn_plugins.ops.vmoba.selection import Selection
-from attn_plugins.sequence import Sequence, text_lengths
 
 
 def vmoba_attention(
@@ -72,17 +71,7 @@ def vmoba_attention(
         ValueError, TypeError: an illegal setting (named by value), or tensors that do not fit it.
     """
     check_qkv(q, k, v)
-    before, valid_before = text_lengths("text_before", text_before)
-    after, valid_after = text_lengths("text_after", text_after)
-    sequence = Sequence(grid, before, after, valid_before, valid_after)  # type: ignore[arg-type]
-    if not q.shape[2] == k.shape[2] == sequence.length:
-        raise ValueError(
-            f"q has {q.shape[2]} tokens, k {k.shape[2]}; text_before {before} + grid {sequence.grid} "
-            f"({sequence.tokens}) + text_after {after} makes {sequence.length}"
-        )
-    for valid in (valid_before, valid_after):  # here, not in Sequence: it makes one int of rows that are all alike
-        if isinstance(valid, tuple) and len(valid) != q.shape[0]:
-            raise ValueError(f"valid text lengths for {len(valid)} batch items, but the batch has {q.shape[0]}")
+    sequence = check_sequence(q, k, grid, text_before, text_after)
     how = Selection(rule, scope, k_blocks, tau, min_blocks, max_blocks)
     sizes = fit_block(sequence.grid, block)
     spec = encode(sequence, sizes, fit_tile(sizes, tile))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_plugins.ops.heads import equal_runs
 from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.partition import AxisTiles, Partition
 from attn_plugins.sequence import Sequence
@@ -203,14 +204,8 @@ def _decode(spec: tuple[int, ...]) -> list[tuple[slice, Layout]]:
     axes, rest = spec[0], spec[1:]
     grid, block, tile = (rest[i * axes : (i + 1) * axes] for i in range(3))
     before, after, items, *valid = rest[3 * axes :]
-    lengths = list(zip(valid[:items], valid[items:], strict=True))
-    parts, first = [], 0
-    for last in range(1, items + 1):
-        if last == items or lengths[last] != lengths[first]:
-            one = layout(Sequence(grid, before, after, *lengths[first]), block, tile)
-            parts.append((slice(first, last) if items > 1 else slice(None), one))
-            first = last
-    return parts
+    runs = equal_runs(list(zip(valid[:items], valid[items:], strict=True)))
+    return [(where, layout(Sequence(grid, before, after, *lengths), block, tile)) for where, lengths in runs]
 
 
 def _cut(size: int, block: int, tile: int) -> Sizes | int:
