@@ -111,6 +111,18 @@ def block_gate(dtype: torch.dtype, head_dim: int) -> None:
     scores(q, k, one, True)
 
 
+def agent(dtype: torch.dtype, head_dim: int, bias: bool) -> None:
+    """256 agents of 4,096 tokens in 8 heads: they gather from a few keys each program, and all rows read them."""
+    from attn_plugins.ops.agent.triton.launch import attend, attend_backward
+
+    agents, k = (torch.empty(1, 8, n, head_dim, dtype=dtype, device="meta") for n in (256, 4096))
+    for q, kv in ((agents, k), (k, agents)):
+        rule = torch.empty(1, 8, q.shape[2], kv.shape[2], dtype=dtype, device="meta") if bias else None
+        values = q if q is k and not bias else None
+        out, lse = attend(q, kv, kv, rule, 0.1, values, 0.075)
+        attend_backward(out, q, kv, kv, rule, out, lse, 0.1, bias, values, 0.075)
+
+
 def _layout(causal: bool, blocks: int = 4) -> Layout:
     from attn_plugins.ops.vmoba.layout import decode, encode
     from attn_plugins.sequence import Sequence
@@ -130,6 +142,8 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "block rows": block_rows,
     "block rows, causal": lambda dtype, head_dim: block_rows(dtype, head_dim, causal=True),
     "block gate": block_gate,
+    "agent": lambda dtype, head_dim: agent(dtype, head_dim, bias=False),
+    "agent, biases": lambda dtype, head_dim: agent(dtype, head_dim, bias=True),
 }
 # Launch -> precision -> head sizes. Float16 compiles as bfloat16 does, so that one size of it is enough.
 TABLE: dict[str, dict[str, tuple[int, ...]]] = {
@@ -142,6 +156,8 @@ TABLE: dict[str, dict[str, tuple[int, ...]]] = {
     "block rows": {"bf16": (64, 128), "fp32": (128,)},
     "block rows, causal": {"bf16": (128,)},
     "block gate": {"bf16": (128,)},
+    "agent": {"bf16": (64, 128), "fp32": (64,)},
+    "agent, biases": {"bf16": (64, 128), "fp32": (64,)},
 }
 
 

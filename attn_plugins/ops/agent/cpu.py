@@ -50,8 +50,8 @@ def _attend_cut(
     rest = size * cuts
     found = []
     for rows, keys, values in zip(q, k, v, strict=True):
-        cut = (t[:, :rest].unflatten(1, (cuts, size)) for t in (keys, values))
-        outs, lses = tile_attention.attend(rows[:, None].expand(-1, cuts, -1, -1), *cut, None, scale)
+        cut_keys, cut_values = (t[:, :rest].unflatten(1, (cuts, size)) for t in (keys, values))
+        outs, lses = tile_attention.attend(rows[:, None].expand(-1, cuts, -1, -1), cut_keys, cut_values, None, scale)
         states = [*zip(outs.unbind(1), lses.unbind(1), strict=True)]
         if rest < keys.shape[1]:
             last = tile_attention.attend(rows[None], keys[None, :, rest:], values[None, :, rest:], None, scale)
@@ -84,10 +84,10 @@ def attend_backward(
     found = []
     for b in range(q.shape[0]):
         tile_q, tile_k, tile_v, tile_bias = _grouped(b, q, k, v, bias)
-        rows = [t[b].unflatten(0, tile_q.shape[:2]) for t in (grad, out, lse)]
+        tile_grad, tile_out, tile_lse = (t[b].unflatten(0, tile_q.shape[:2]) for t in (grad, out, lse))
         dq, dk, dv = tile_attention.attend_backward(
-            rows[0], None, tile_q, tile_k, tile_v, *rows[1:], tile_bias, scale
-        )  # fmt: skip
+            tile_grad, None, tile_q, tile_k, tile_v, tile_out, tile_lse, tile_bias, scale
+        )
         found.append((dq.flatten(0, 1), dk.sum(1), dv.sum(1)))
     return *(torch.stack(parts) for parts in zip(*found, strict=True)), None  # type: ignore[return-value]
 

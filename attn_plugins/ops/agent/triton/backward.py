@@ -30,8 +30,8 @@ def _against(
     q_tile, grad_tile, row_lse, k, v, bias, rows, at, n, inside, k_n, k_d, v_n, v_d, bias_q, bias_k, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """Rows against these keys: probabilities, their gradients, and the keys."""
-    far = tl.cast(at, tl.int64)
+    """Rows against these keys, from `at` on: probabilities, their gradients, and the keys."""
+    far = tl.multiple_of(tl.cast(at, tl.int64), n.shape[0])
     k_tile = read_rows(k + far * k_n, n, inside, k_n, k_d, D, WIDTH)
     v_tile = read_rows(v + far * v_n, n, inside, v_n, v_d, D, WIDTH)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -119,7 +119,7 @@ def grad_rows_kernel(
     write_rows(grad_q + b * gq_b + h * gq_h, rows, real, gq_n, gq_d, acc * scale, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "splits"])
+@triton.jit(do_not_specialize=["queries", "splits"])
 def grad_keys_kernel(
     grad, q, k, v, bias, lse, delta, grad_k, grad_v,
     grad_b, grad_h, grad_n, grad_d, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
@@ -135,11 +135,11 @@ def grad_keys_kernel(
     b, kv, start = sheet_of(keys, kv_heads, BLOCK_N)
     tokens = start + tl.arange(0, BLOCK_N)
     real = tokens < keys
-    known = tl.minimum(tokens, keys - 1)
     k_tile = read_rows(k + b * k_b + kv * k_h, tokens, real, k_n, k_d, D, WIDTH)
     v_tile = read_rows(v + b * v_b + kv * v_h, tokens, real, v_n, v_d, D, WIDTH)
     acc_k = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     acc_v = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    there = None if bias is None else real
     first, _, last = share_of(queries, splits, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     for h in range(kv * group, kv * group + group):
@@ -157,7 +157,7 @@ def grad_keys_kernel(
                 rule += b * bias_b + h * bias_h + far * bias_q
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             here = tl.minimum(rows, queries - 1 - at)
-            scores = biased(scores, rule, here[None, :], known[:, None], None, bias_q, bias_k, scale, FLOAT32)
+            scores = biased(scores, rule, here[None, :], tokens[:, None], there, bias_q, bias_k, scale, FLOAT32)
             p = power(scores - row_lse[None, :], FLOAT32)
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
             grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
@@ -170,7 +170,7 @@ def grad_keys_kernel(
     write_rows(grad_v, tokens, real, gv_n, gv_d, acc_v, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "batches", "summed_heads"])
+@triton.jit(do_not_specialize=["queries", "batches", "summed_heads"])
 def grad_bias_kernel(
     grad, q, k, v, bias, lse, delta, grad_bias,  # grad_bias (1 or B, 1 or H, Nq, Nk) float32, contiguous
     grad_b, grad_h, grad_n, grad_d, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
@@ -187,7 +187,7 @@ def grad_bias_kernel(
     rows = start + tl.arange(0, BLOCK_M)
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real, inside = rows < queries, tokens < keys
-    known, here = tl.minimum(rows, queries - 1), tl.minimum(tokens, keys - 1)
+    known = tl.minimum(rows, queries - 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(batches * summed_heads):
         b = own_b + i // summed_heads
@@ -198,7 +198,7 @@ def grad_bias_kernel(
         k_tile = read_rows(k + b * k_b + kv * k_h, tokens, inside, k_n, k_d, D, WIDTH)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         rule = bias + b * bias_b + h * bias_h
-        scores = biased(scores, rule, known[:, None], here[None, :], None, bias_q, bias_k, scale, FLOAT32)
+        scores = biased(scores, rule, known[:, None], tokens[None, :], inside, bias_q, bias_k, scale, FLOAT32)
         row_lse, row_delta = _statistics(lse + line, delta + line, rows, real)
         if not FLOAT32:
             row_lse *= LOG2E

@@ -21,7 +21,7 @@ def _take_in(
     D: tl.constexpr, WIDTH: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over these keys; inside None: all are there. A bias may be -inf."""
-    far = tl.cast(at, tl.int64)
+    far = tl.multiple_of(tl.cast(at, tl.int64), n.shape[0])
     k_tile = read_rows(k + far * k_n, n, inside, k_n, k_d, D, WIDTH)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     if bias is not None:

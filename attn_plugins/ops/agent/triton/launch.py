@@ -9,8 +9,9 @@ from attn_plugins.ops.agent.steps import Gradients
 from attn_plugins.ops.agent.triton import configs
 from attn_plugins.ops.agent.triton.backward import grad_bias_kernel, grad_keys_kernel, grad_rows_kernel
 from attn_plugins.ops.agent.triton.forward import attend_kernel
+from attn_plugins.ops.block_sparse.triton.configs import Config, fitted
 from attn_plugins.ops.decode.triton.kernels import combine_shares
-from attn_plugins.ops.target import on_device, triton_target
+from attn_plugins.ops.target import OPTIONS, on_device, triton_target
 
 SHARES = 16  # that the merge holds at once
 
@@ -48,7 +49,7 @@ def attend(
         if splits > 1:
             combine_shares[batch * heads * queries,](
                 partial, partial_lse, out, lse, *out.stride(), heads, queries, splits,
-                SHARES=SHARES, D=head_dim, WIDTH=_width(head_dim), num_warps=2, enable_fp_fusion=True,
+                SHARES=SHARES, D=head_dim, WIDTH=_width(head_dim), num_warps=2, **OPTIONS,
             )  # fmt: skip
     return out, lse
 
@@ -66,7 +67,11 @@ def attend_backward(
     values: torch.Tensor | None = None,
     shortcut: float = 0.0,
 ) -> Gradients:
-    """As `steps.Backend` says. The longer axis is split where the blocks of the other are too few."""
+    """As `steps.Backend` says. The longer axis is split where the blocks of the other are too few.
+
+    The kernels that read a bias behind a mask are compiled for numbers of keys that 16 divides, and for others: only
+    where the mask ends at such a number is a bias loaded 16 bytes at a time.
+    """
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     lse = lse.contiguous()
@@ -129,17 +134,11 @@ def _summed(shares: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return shares[..., 0, :] if shares.shape[3] == 1 else shares.sum(3).to(like.dtype)
 
 
-def _config_of(kernel: str, q: torch.Tensor, queries: int, keys: int) -> configs.Config:
-    """The table's config, with tiles no longer than the axes: few agents in a wide tile would leave it idle."""
-    config = configs.config_for(kernel, triton_target() or "", q.dtype, q.shape[-1])
-    block_m, block_n = (
-        min(block, max(16, triton.next_power_of_2(length)))
-        for block, length in ((config.block_m, queries), (config.block_n, keys))
-    )
-    return configs.Config(block_m, block_n, config.warps, config.stages)
+def _config_of(kernel: str, q: torch.Tensor, queries: int, keys: int) -> Config:
+    return fitted(configs.choose(kernel, triton_target() or "", q.dtype, q.shape[-1]), queries, keys)
 
 
-def _shape(q: torch.Tensor, config: configs.Config) -> dict[str, object]:
+def _shape(q: torch.Tensor, config: Config) -> dict[str, object]:
     return {
         "D": q.shape[-1],
         "WIDTH": _width(q.shape[-1]),
@@ -147,7 +146,7 @@ def _shape(q: torch.Tensor, config: configs.Config) -> dict[str, object]:
         "BLOCK_N": config.block_n,
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "enable_fp_fusion": True,
+        **OPTIONS,
     }
 
 
