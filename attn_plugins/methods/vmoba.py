@@ -33,7 +33,7 @@ class VMoBAConfig(MethodConfig):
             either, for the 1-D, 2-D and 3-D block.
         tau: share of the scores' total that "threshold" and "top_p" keep; 1 keeps all.
         exact: choose for every query, as published; slower.
-        tile: tokens of the query tiles that choose together: a number, or None (1024, within their block).
+        tile: tokens of the query tiles that choose together: a number, or None (1536, within their block).
         min_blocks, max_blocks: bounds on the blocks of a query; None is no bound.
         base_size: the token grid that the blocks are for; on another grid they are scaled.
         backend: of the operator.

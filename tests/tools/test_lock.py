@@ -22,6 +22,8 @@ NAMES = [
     "block rows/sm_90/bf16/128",
     "block rows, causal/gfx942/bf16/128",
     "block gate/sm_80/bf16/128",
+    "agent, biases/sm_80/bf16/128",
+    "agent/sm_100/bf16/64",
 ]
 
 

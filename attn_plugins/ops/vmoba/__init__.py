@@ -53,7 +53,7 @@ def vmoba_attention(
         k_blocks: blocks kept, the own one counted.
         tau: share of the total, the own block's share counted first; 1 and more keeps all.
         exact: choose for each query, as published. Otherwise for each tile of queries, by their mean.
-        tile: tokens of a query tile: a number it shall not exceed (None: 1024), or one size per axis. Tiles lie within
+        tile: tokens of a query tile: a number it shall not exceed (None: 1536), or one size per axis. Tiles lie within
             blocks. Not read with `exact`.
         min_blocks, max_blocks: bounds on the blocks that a query keeps; None is no bound.
         text_before, text_after: tokens that see everything and are seen by all: a length, or (B, 2) rows of

@@ -14,7 +14,7 @@ from attn_plugins.plan.block_plan import BlockPlan
 from attn_plugins.plan.partition import AxisTiles, Partition
 from attn_plugins.sequence import Sequence
 
-TILE = 1024  # tokens that a query tile has at most, if no one says: slices of a tile fill any kernel
+TILE = 1536  # tokens that a query tile has at most, if no one says: a block cut in two still fills a kernel (768)
 
 Sizes = tuple[int, ...]
 
