@@ -16,6 +16,7 @@ from attn_plugins.ops.vmoba.flat import Flat
 from attn_plugins.plan.block_plan import BlockPlan
 
 CHUNK_BYTES = 4 << 20  # of gathered keys and values
+FEWEST = 4  # tiles in a call, where as many threads run: the slices of one tile alone would leave some of them idle
 SLAB_KEYS = 1 << 19  # keys whose places are worked out together: 4 MB
 
 Runs = list[tuple[int, int, int]]
@@ -45,11 +46,10 @@ class Slab:
         """(R, E): the rows of `t` that are the tiles' keys."""
         return t.index(self.kv_heads, self.kv)
 
-    def chunks(self, key_bytes: int) -> Iterator[slice]:
-        """So many tiles at a time that what is gathered for them stays in the caches."""
-        step = max(1, CHUNK_BYTES // (2 * key_bytes * self.kv.shape[1]))
-        for at in range(0, len(self.q), step):
-            yield slice(at, min(at + step, len(self.q)))
+    def chunks(self, key_bytes: int) -> list[slice]:
+        """So many tiles at a time that what is gathered for them stays in the caches, and all threads have work."""
+        step = max(min(torch.get_num_threads(), FEWEST), CHUNK_BYTES // (2 * key_bytes * self.kv.shape[1]))
+        return [slice(at, min(at + step, len(self.q))) for at in range(0, len(self.q), step)]
 
 
 def forward(
@@ -62,13 +62,14 @@ def forward(
     group, key_bytes = q.shape[1] // k.shape[1], k.shape[-1] * k.element_size()
     out = torch.zeros_like(q) if int(plan.q_size.sum()) < plan.q_length else torch.empty_like(q)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    room = _room(k)
     for b in range(q.shape[0]):
         query, key, value, found, found_lse = (Flat(t) for t in (q[b], k[b], v[b], out[b], lse[b][..., None]))
         for slab in _slabs(plan, b, q, group):
             at_query, at_found, at_lse = (slab.queries(t) for t in (query, found, found_lse))
             at_key, at_value = slab.keys(key), slab.keys(value)
-            for some in slab.chunks(key_bytes):
+            chunks = slab.chunks(key_bytes)
+            room = _room(k, slab, chunks)
+            for some in chunks:
                 keys, values = key.read(at_key[some], room[0]), value.read(at_value[some], room[1])
                 result, result_lse = attend(query.read(at_query[some]), keys, values, None, scale)
                 found.write(at_found[some], result)
@@ -85,7 +86,6 @@ def backward(
     """Gradients of q, k, v, in their own layouts; summed in one fixed order."""
     group, key_bytes = q.shape[1] // k.shape[1], k.shape[-1] * k.element_size()
     grads = tuple(torch.zeros_like(t) for t in (q, k, v))
-    room = _room(k)
     for b in range(q.shape[0]):
         flats = [Flat(t) for t in (q[b], grad_out[b], out[b], lse[b][..., None])]
         grad_lse_flat = None if grad_lse is None else Flat(grad_lse[b][..., None])
@@ -95,7 +95,9 @@ def backward(
             rows = [(t, slab.queries(t)) for t in flats]
             at_found, at_key, at_value = slab.queries(found), slab.keys(key), slab.keys(value)
             at_grad_lse = None if grad_lse_flat is None else slab.queries(grad_lse_flat)
-            for some in slab.chunks(key_bytes):
+            chunks = slab.chunks(key_bytes)
+            room = _room(k, slab, chunks)
+            for some in chunks:
                 query, of_out, tile_out, tile_lse = (t.read(at[some]) for t, at in rows)
                 of_lse = None
                 if grad_lse_flat is not None and at_grad_lse is not None:
@@ -118,9 +120,9 @@ def backward(
     return grads  # type: ignore[return-value]
 
 
-def _room(k: torch.Tensor) -> list[torch.Tensor]:
-    """Two buffers for what a chunk gathers, at most."""
-    rows = max(CHUNK_BYTES // (2 * k.shape[-1] * k.element_size()), k.shape[2])
+def _room(k: torch.Tensor, slab: Slab, chunks: list[slice]) -> list[torch.Tensor]:
+    """Two buffers for what a chunk of a slab gathers."""
+    rows = chunks[0].stop * slab.kv.shape[1]
     return [k.new_empty(rows, k.shape[-1]) for _ in range(2)]
 
 
