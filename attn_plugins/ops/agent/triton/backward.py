@@ -11,18 +11,8 @@ import triton
 import triton.language as tl
 
 from attn_plugins.ops.agent.triton.tiles import biased, share_of, sheet_of
-from attn_plugins.ops.block_sparse.triton.tiles import power, read_rows, write_rows
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _statistics(lse, delta, rows, inside):
-    """LSE and delta of these rows; +inf and 0 where a row saw nothing, or is none."""
-    row_lse = tl.load(lse + rows, mask=inside, other=float("-inf"))
-    blind = row_lse == float("-inf")
-    row_delta = tl.load(delta + rows, mask=inside, other=0.0)
-    return tl.where(blind, float("inf"), row_lse), tl.where(blind, 0.0, row_delta)
+from attn_plugins.ops.block_sparse.triton.backward import statistics
+from attn_plugins.ops.block_sparse.triton.tiles import LOG2E, power, read_rows, write_rows
 
 
 @triton.jit
@@ -149,7 +139,7 @@ def grad_keys_kernel(
             inside = at + rows < last
             q_tile = read_rows(q + b * q_b + h * q_h + far * q_n, rows, inside, q_n, q_d, D, WIDTH)
             grad_tile = read_rows(grad + b * grad_b + h * grad_h + far * grad_n, rows, inside, grad_n, grad_d, D, WIDTH)
-            row_lse, row_delta = _statistics(lse + line + at, delta + line + at, rows, inside)
+            row_lse, row_delta = statistics(lse + line + at, delta + line + at, rows, inside)
             if not FLOAT32:
                 row_lse *= LOG2E
             rule = bias
@@ -199,7 +189,7 @@ def grad_bias_kernel(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         rule = bias + b * bias_b + h * bias_h
         scores = biased(scores, rule, known[:, None], tokens[None, :], inside, bias_q, bias_k, scale, FLOAT32)
-        row_lse, row_delta = _statistics(lse + line, delta + line, rows, real)
+        row_lse, row_delta = statistics(lse + line, delta + line, rows, real)
         if not FLOAT32:
             row_lse *= LOG2E
         p = power(scores - row_lse[:, None], FLOAT32)

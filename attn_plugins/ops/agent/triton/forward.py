@@ -9,10 +9,7 @@ import triton
 import triton.language as tl
 
 from attn_plugins.ops.agent.triton.tiles import biased, share_of, sheet_of
-from attn_plugins.ops.block_sparse.triton.tiles import power, read_rows, write_rows
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from attn_plugins.ops.block_sparse.triton.tiles import LN2, LOG2E, power, read_rows, write_rows
 
 
 @triton.jit

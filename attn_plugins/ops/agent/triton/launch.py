@@ -10,10 +10,10 @@ from attn_plugins.ops.agent.triton import configs
 from attn_plugins.ops.agent.triton.backward import grad_bias_kernel, grad_keys_kernel, grad_rows_kernel
 from attn_plugins.ops.agent.triton.forward import attend_kernel
 from attn_plugins.ops.block_sparse.triton.configs import Config, fitted
+from attn_plugins.ops.block_sparse.triton.launch import tile_constants, tile_width
 from attn_plugins.ops.decode.triton.kernels import combine_shares
+from attn_plugins.ops.decode.triton.launch import SHARES
 from attn_plugins.ops.target import OPTIONS, on_device, triton_target
-
-SHARES = 16  # that the merge holds at once
 
 
 def attend(
@@ -44,12 +44,12 @@ def attend(
             *q.stride(), *k.stride(), *v.stride(), *_spread(bias), *_strides(values),
             *_share_strides(partial),
             heads, heads // k.shape[1], _group(values, heads), queries, keys, splits, scale, shortcut,
-            **_shape(q, config), SPLIT=splits > 1,
+            **tile_constants(q.shape[-1], config), SPLIT=splits > 1,
         )  # fmt: skip
         if splits > 1:
             combine_shares[batch * heads * queries,](
                 partial, partial_lse, out, lse, *out.stride(), heads, queries, splits,
-                SHARES=SHARES, D=head_dim, WIDTH=_width(head_dim), num_warps=2, **OPTIONS,
+                SHARES=SHARES, D=head_dim, WIDTH=tile_width(head_dim), num_warps=2, **OPTIONS,
             )  # fmt: skip
     return out, lse
 
@@ -86,7 +86,7 @@ def attend_backward(
             grad, q, k, v, bias, values, out, lse, delta, grad_q,
             *strides, *_strides(values), *out.stride(), *_share_strides(grad_q),
             heads, heads // kv_heads, _group(values, heads), queries, keys, splits, scale, shortcut,
-            **_shape(q, config), EXACT=wants_bias,
+            **tile_constants(q.shape[-1], config), EXACT=wants_bias,
         )  # fmt: skip
         config = _config_of("grad_keys", q, queries, keys)
         programs = triton.cdiv(keys, config.block_n) * batch * kv_heads
@@ -95,7 +95,7 @@ def attend_backward(
         grad_keys_kernel[programs, splits](
             grad, q, k, v, bias, lse, delta, grad_k, grad_v,
             *strides, *_share_strides(grad_k), *_share_strides(grad_v),
-            kv_heads, heads // kv_heads, queries, keys, splits, scale, **_shape(q, config),
+            kv_heads, heads // kv_heads, queries, keys, splits, scale, **tile_constants(q.shape[-1], config),
         )  # fmt: skip
     grad_bias = None
     if wants_bias and bias is not None:
@@ -112,7 +112,7 @@ def _grad_bias(grad, q, k, v, bias, lse, delta, scale, strides) -> torch.Tensor:
         grad_bias_kernel[triton.cdiv(queries, config.block_m) * items * own_heads, triton.cdiv(keys, config.block_n)](
             grad, q, k, v, bias, lse, delta, whole, *strides,
             heads, heads // k.shape[1], queries, keys, own_heads, batch // items, heads // own_heads, scale,
-            **_shape(q, config),
+            **tile_constants(q.shape[-1], config),
         )  # fmt: skip
     return whole.sum_to_size(bias.shape).to(bias.dtype)
 
@@ -138,18 +138,6 @@ def _config_of(kernel: str, q: torch.Tensor, queries: int, keys: int) -> Config:
     return fitted(configs.choose(kernel, triton_target() or "", q.dtype, q.shape[-1]), queries, keys)
 
 
-def _shape(q: torch.Tensor, config: Config) -> dict[str, object]:
-    return {
-        "D": q.shape[-1],
-        "WIDTH": _width(q.shape[-1]),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        **OPTIONS,
-    }
-
-
 def _spread(bias: torch.Tensor | None) -> tuple[int, int, int, int]:
     """A bias's strides, 0 along axes that it broadcasts over."""
     if bias is None:
@@ -164,8 +152,3 @@ def _group(values: torch.Tensor | None, heads: int) -> int:
 
 def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if t is None else t.stride()
-
-
-def _width(head_dim: int) -> int:
-    """Tiles are powers of two wide, and a product needs 16."""
-    return max(16, triton.next_power_of_2(head_dim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from attn_plugins.ops.block_sparse.triton.tiles import LOG2E
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from attn_plugins.ops.block_sparse.triton.masks import own_side, sees
 from attn_plugins.ops.block_sparse.triton.tiles import (
+    LOG2E,
     RUNTIME,
     entry_at,
     list_of,
@@ -22,8 +23,6 @@ from attn_plugins.ops.block_sparse.triton.tiles import (
     tokens_at,
     write_rows,
 )
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["length", "glse_b", "glse_h", "glse_n"])

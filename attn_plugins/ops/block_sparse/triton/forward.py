@@ -7,6 +7,8 @@ import triton.language as tl
 
 from attn_plugins.ops.block_sparse.triton.masks import own_side, sees
 from attn_plugins.ops.block_sparse.triton.tiles import (
+    LN2,
+    LOG2E,
     RUNTIME,
     entry_at,
     list_of,
@@ -18,9 +20,6 @@ from attn_plugins.ops.block_sparse.triton.tiles import (
     tokens_at,
     write_rows,
 )
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -141,12 +141,16 @@ def _guards(tables: PlanTables) -> int:
 
 
 def _shape(q: torch.Tensor, plan: BlockPlan, config: Config) -> dict[str, object]:
+    return {**tile_constants(q.shape[-1], config), "RULED": plan.rule is not None}
+
+
+def tile_constants(head_dim: int, config: Config) -> dict[str, object]:
+    """What every kernel that owns a tile is compiled for, and how."""
     return {
-        "D": q.shape[-1],
-        "WIDTH": tile_width(q.shape[-1]),
+        "D": head_dim,
+        "WIDTH": tile_width(head_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "RULED": plan.rule is not None,
         "num_warps": config.warps,
         "num_stages": config.stages,
         **OPTIONS,

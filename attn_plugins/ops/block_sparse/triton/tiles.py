@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Numbers of which no kernel needs a version of its own where they are 0, 1 or a multiple of 16.
 RUNTIME = [
     "work_b", "work_h", "list_b", "list_h", "bits_b", "bits_h", "bits_row",

@@ -6,8 +6,8 @@ import torch
 import triton
 
 from attn_plugins.ops.block_sparse.triton.configs import Config, fitted
-from attn_plugins.ops.block_sparse.triton.launch import row_deltas, tile_width
-from attn_plugins.ops.target import OPTIONS, on_device, triton_target
+from attn_plugins.ops.block_sparse.triton.launch import row_deltas, tile_constants
+from attn_plugins.ops.target import on_device, triton_target
 from attn_plugins.ops.vmoba import tables
 from attn_plugins.ops.vmoba.layout import Layout
 from attn_plugins.ops.vmoba.tables import Boxes
@@ -93,14 +93,4 @@ def _target() -> str:
 
 
 def _constants(q: torch.Tensor, config: Config, slab: int, causal: bool) -> dict[str, object]:
-    return {
-        "D": q.shape[-1],
-        "WIDTH": tile_width(q.shape[-1]),
-        "SLAB": slab,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "CAUSAL": causal,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        **OPTIONS,
-    }
+    return {**tile_constants(q.shape[-1], config), "SLAB": slab, "CAUSAL": causal}

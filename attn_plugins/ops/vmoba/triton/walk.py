@@ -13,10 +13,7 @@ import triton.language as tl
 
 from attn_plugins.ops.block_sparse.triton.backward import probabilities, statistics
 from attn_plugins.ops.block_sparse.triton.forward import soften
-from attn_plugins.ops.block_sparse.triton.tiles import power, read_rows, tokens_at, write_rows
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from attn_plugins.ops.block_sparse.triton.tiles import LN2, LOG2E, power, read_rows, tokens_at, write_rows
 
 
 @triton.jit
