@@ -12,12 +12,15 @@ if (_root / "pyproject.toml").is_file() and (_root / "patches" / "__init__.py").
 if _TYPE_CHECKING:
     from attn_plugins.patching import PatchHandle, patch, patched, summary, unpatch
     from attn_plugins.plan.simulator import simulate
+    from attn_plugins.pretrained import from_pretrained, load
     from attn_plugins.registry import available, register_family, register_method
 
 __version__ = "0.1.0"
 __all__ = [
     "PatchHandle",
     "available",
+    "from_pretrained",
+    "load",
     "patch",
     "patched",
     "register_family",
@@ -27,6 +30,7 @@ __all__ = [
     "unpatch",
 ]
 _HOMES = {
+    "attn_plugins.pretrained": ("from_pretrained", "load"),
     "attn_plugins.plan.simulator": ("simulate",),
     "attn_plugins.registry": ("available", "register_family", "register_method"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from attn_plugins import recipe, record
+from attn_plugins import recipe, record, weights
 from attn_plugins.patches.attention_interface import BEFORE
 from attn_plugins.record import Patched
 from attn_plugins.schedule import describe
@@ -107,6 +107,44 @@ class PatchHandle:
         from attn_plugins.measuring import measure
 
         return measure(self, rows)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the method added to the patched models, by the names of their state dicts; nothing of most methods.
+
+        `[weight for _, weight in handle.named_weights()]` is what to give an optimizer to train it alone.
+        """
+        for ref, patched in zip(self._roots, self.patches, strict=True):
+            root = ref()
+            if root is not None:
+                yield from weights.named_weights(root, patched)
+
+    def save_weights(self, folder: str | Path) -> Path:
+        """Write the method's own weights, and what they belong to, into a folder that `attn_plugins.load` takes.
+
+        `save_pretrained` of the patched model writes them too, beside its own.
+
+        Raises:
+            ValueError: a method without weights, or a patch of several models.
+        """
+        return weights.save(self._only_root(), self.patches[0], folder)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill them from a folder of `save_weights` or of `save_pretrained`: all of them, and nothing else.
+
+        Raises:
+            ValueError: a folder of another patch, or a patch of several models.
+            FileNotFoundError: no such weights there.
+        """
+        weights.load(self._only_root(), self.patches[0], folder)
+
+    def _only_root(self) -> nn.Module:
+        if len(self.patches) != 1 or not self.active:
+            state = "patched" if self.active else "not patched any more"
+            raise ValueError(
+                f"this handle is of {len(self.patches)} models, {state}: weights are saved and loaded for one patched "
+                "model; patch it by itself"
+            )
+        return self.roots[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the patch as a recipe, which `patch(obj, path)` takes.

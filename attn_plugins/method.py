@@ -57,7 +57,8 @@ class AttentionCall:
     `softcap`: scores are softcap * tanh(scores / softcap). `sinks` (H,): a learned score beside each row's own, which
     takes its share of the softmax and gives nothing.
 
-    `plain`: for processors that ask for it, where the interception knows how the layer norms and rotates.
+    `plain`: for processors that ask for it, where the interception knows how the layer norms and rotates. `weights`:
+    what `Method.weights` made for the layer.
 
     `first_head`, `layer_heads`: where other devices have the rest of the heads, the place of q's first one among all of
     the layer's; what a method sets per head is counted among those. `asks`: the rows whose output is read (None: all);
@@ -81,7 +82,24 @@ class AttentionCall:
     layer_heads: int | None = None
     asks: slice | None = None
     plain: Plain | None = None
+    weights: Any = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What the weights of a method are made for: a layer's sizes.
+
+    width: of its input. grid: tokens per axis at the size that the model is made for. own_tokens: those before the grid
+    (class, distillation, registers).
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    grid: tuple[int, ...]
+    own_tokens: int = 0
 
 
 @dataclass
@@ -196,6 +214,13 @@ class Method(ABC):
 
         Equal layers must get the same object: a compiled model needs a graph for each distinct one.
         """
+
+    def weights(self, config: MethodConfig, shape: SiteShape, layer_index: int) -> torch.nn.Module | None:
+        """New weights for a layer, of methods of kind "module": they become a child of the layer, called as the method.
+
+        Must not draw from the global random state. A method without them returns None.
+        """
+        return None
 
 
 def _frozen(value: Any) -> Any:

@@ -7,11 +7,11 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from attn_plugins import recipe, record, registry
+from attn_plugins import recipe, record, registry, weights
 from attn_plugins.handle import PatchHandle
 from attn_plugins.method import Method, MethodConfig
 from attn_plugins.patches.family import Site
@@ -73,7 +73,7 @@ def patch(
     request = _Request(method, quality, preset, layers, dense_steps, num_steps, backend, strict, min_tokens, options)
     if recipe.is_recipe(method):
         request = _from_recipe(request)
-    return _install([(target, _plan(target, request)) for target in find(obj)])
+    return _install([_plan(target, request) for target in find(obj)])
 
 
 def unpatch(obj: object, method: str | None = None) -> None:
@@ -144,7 +144,7 @@ def _from_recipe(request: _Request) -> _Request:
     return dataclasses.replace(
         request,
         method=saved["method"],
-        layers=functools.partial(_is_named, names) if names and request.layers is None else request.layers,
+        layers=functools.partial(is_named, names) if names and request.layers is None else request.layers,
         dense_steps=given("dense_steps", 0),
         num_steps=given("num_steps"),
         min_tokens=given("min_tokens", 0),
@@ -153,11 +153,20 @@ def _from_recipe(request: _Request) -> _Request:
     )
 
 
-def _is_named(names: frozenset[str], site: Site) -> bool:
+def is_named(names: frozenset[str], site: Site) -> bool:
+    """`layers` of a patch that takes the sites of these names."""
     return site.name in names
 
 
-def _plan(target: Target, request: _Request) -> Patched:
+class _Planned(NamedTuple):
+    """What patching one target will be, and what makes the weights of its layers, by name."""
+
+    target: Target
+    patched: Patched
+    weights: dict[str, weights.Make]
+
+
+def _plan(target: Target, request: _Request) -> _Planned:
     """What patching one target will be; changes nothing."""
     from attn_plugins import presets
 
@@ -200,7 +209,9 @@ def _plan(target: Target, request: _Request) -> Patched:
             plan.layers.append(Layer(state, processor, site.kind, site.name, site.index))
     if not plan.layers:
         raise ValueError(f"{method.name!r} with {config} leaves every site of {family.title} dense: zero sites")
-    return plan
+    names = {layer.name for layer in plan.layers}
+    chosen_sites = [site for site in sites if site.name in names]
+    return _Planned(target, plan, weights.of_sites(method, family, root, config, chosen_sites))
 
 
 def _recommended(target: Target) -> str:
@@ -234,27 +245,29 @@ def _clock(target: Target, schedule: Schedule) -> StepClock | None:
     return StepClock(target.pipe, rises=bool(target.family.extras.get("time_rises")))
 
 
-def _install(planned: list[tuple[Target, Patched]]) -> PatchHandle:
+def _install(planned: list[_Planned]) -> PatchHandle:
     """All of it or nothing."""
     rows: list[tuple[nn.Module, Patched]] = []
-    new: list[tuple[Target, Patched]] = []
-    for target, plan in planned:
+    new: list[_Planned] = []
+    for one in planned:
+        target, plan, _ = one
         existing = next((row for row in record.patches_of(target.root) if row.same_as(plan)), None)
         if existing is None:
             _refuse_taken_sites(target, plan)
-            new.append((target, plan))
+            new.append(one)
         elif target.pipe is not None and isinstance(existing.state.clock, StepClock):
             existing.state.clock.add(target.pipe)
         rows.append((target.root, existing or plan))
     done: list[tuple[nn.Module, Patched]] = []
     try:
-        for target, plan in new:
+        for target, plan, made in new:
             by_name = {layer.name: layer for layer in plan.layers}
             sites = [site for site in target.family.find_sites(target.root) if site.name in by_name]
             layers = [(site, by_name[site.name]) for site in sites]
             plan.undo = target.family.interception.install(target.root, target.family, plan.state, layers)
             record.add(target.root, plan)
             done.append((target.root, plan))
+            weights.attach(target.root, plan, made)
     except BaseException:
         for root, plan in reversed(done):
             record.remove(root, plan)

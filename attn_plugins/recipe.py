@@ -16,12 +16,10 @@ def is_recipe(method: object) -> bool:
     return isinstance(method, Path) or (isinstance(method, str) and method.endswith(SUFFIXES))
 
 
-def write(patched: Patched, path: str | Path) -> Path:
-    """Write what `patched` is, its sites by name. `strict` and a person's `quality` are not part of it."""
-    import yaml
-
+def row(patched: Patched) -> dict[str, Any]:
+    """What `patched` is, its sites by name, in plain values. `strict` and a person's `quality` are not part of it."""
     schedule = patched.state.schedule
-    row: dict[str, Any] = {
+    told: dict[str, Any] = {
         "method": patched.method,
         "family": patched.family,
         "options": patched.config.to_options(),
@@ -29,11 +27,18 @@ def write(patched: Patched, path: str | Path) -> Path:
         "sites": [layer.name for layer in patched.layers],
     }
     if schedule.num_steps is not None:
-        row["num_steps"] = schedule.num_steps
+        told["num_steps"] = schedule.num_steps
     if patched.state.min_tokens:
-        row["min_tokens"] = patched.state.min_tokens
+        told["min_tokens"] = patched.state.min_tokens
+    return told
+
+
+def write(patched: Patched, path: str | Path) -> Path:
+    """Write what `patched` is as a file."""
+    import yaml
+
     path = Path(path)
-    path.write_text(yaml.safe_dump(row, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    path.write_text(yaml.safe_dump(row(patched), sort_keys=False, default_flow_style=None), encoding="utf-8")
     return path
 
 
@@ -49,10 +54,10 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}; handle.save({str(path)!r}) writes one")
-    row = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(row, dict) or "method" not in row:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "method" not in found:
         raise ValueError(f"{path} is no recipe: it lacks the field 'method'; a recipe has {', '.join(sorted(FIELDS))}")
-    unknown = sorted(set(row) - FIELDS)
+    unknown = sorted(set(found) - FIELDS)
     if unknown:
         raise ValueError(f"{path}: unknown fields {', '.join(unknown)}; a recipe has {', '.join(sorted(FIELDS))}")
-    return row
+    return found

@@ -28,6 +28,7 @@ BUILTIN_METHODS = {
     "moba": "attn_plugins.methods.moba:MoBA",
     "radial": "attn_plugins.methods.radial:Radial",
     "sparge": "attn_plugins.methods.sparge:Sparge",
+    "trained_agent": "attn_plugins.methods.trained_agent.method:TrainedAgent",
     "vmoba": "attn_plugins.methods.vmoba:VMoBA",
 }
 # its modules have each a tuple FAMILIES; one whose library is not installed is left out

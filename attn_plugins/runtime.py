@@ -43,6 +43,7 @@ class Moment(threading.local):
         self.dense = False
         self.reason = UNKNOWN
         self.largest = 0  # tokens of the largest grid of this forward
+        self.length: int | None = None  # of the text that a running `generate` is to make
         self.outer: Snapshot | None = None  # what holds again when a level inside a level ends
 
 
@@ -166,6 +167,11 @@ class Layer:
         # a method that reads the layer's own inputs (routers, tables of rotation) says so on its processor
         self.wants_inputs = bool(getattr(processor, "wants_inputs", False))
         self.wants_plain = processor.wants_plain
+        self.weights: str | None = None  # the name of the child that holds the method's weights, if it has any
+
+    def weights_of(self, module: nn.Module) -> nn.Module | None:
+        """The method's weights on the layer's module, as they are now: PEFT may have wrapped them."""
+        return None if self.weights is None else module._modules.get(self.weights)
 
     def attend(self, call: AttentionCall) -> torch.Tensor | None:
         """The method's output (B, H, N, D), or None: run the original attention, with the user's own backend."""

@@ -53,6 +53,7 @@ def attention_forward(
                     keys=read_mask(given), sliding_window=kwargs.get("sliding_window"),
                     softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
                     first_head=share * heads, layer_heads=shares * heads if shares > 1 else None,
+                    weights=layer.weights_of(module),
                 )
             )  # fmt: skip
             if out is not None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from attn_plugins.method import SiteKind
+from attn_plugins.method import SiteKind, SiteShape
 from attn_plugins.runtime import Layer, RootState
 from attn_plugins.sequence import Sequence
 
@@ -22,6 +22,8 @@ SitePattern = tuple[str, SiteKind]
 # (root module, positional arguments of its forward, keyword arguments) -> what its self-attention sees, or a sentence
 # that says why that cannot be told
 SequenceReader = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], "Sequence | str"]
+# (root module, attention module) -> what weights for it must be made for, or a sentence that says why none can be
+ShapeReader = Callable[[nn.Module, nn.Module], "SiteShape | str"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Family:
             `in_parts`: text is attended in calls of its own, which stay dense without a word;
             `time_rises`: the timestep grows towards the picture; `beside`: the model runs beside a pipeline's denoiser
             (a ControlNet) and is patched only by itself; and what an interception names in its own docstring.
+        shape: the sizes of an attention module, for methods that bring weights; None: they are refused.
         config: values that `model.config` must have, where the class alone does not tell (the UNets).
     """
 
@@ -78,6 +81,7 @@ class Family:
     interception: Interception
     notes: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    shape: ShapeReader | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def matches(self, model: object) -> bool:

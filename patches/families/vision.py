@@ -28,6 +28,7 @@ def vision_family(name: str, title: str, *classes: str, sites: str = _SITES, not
         read=more.pop("read", vision.by_entry),
         interception=AttentionInterfaceSwap(),
         notes=notes,
+        shape=more.pop("shape", vision.shape),
         extras=more.pop("extras", _PATCHES),
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_plugins.method import SiteShape
 from attn_plugins.patches.grids.arguments import Args, Kwargs, TensorReading, argument
 from attn_plugins.sequence import Sequence
 
@@ -22,16 +23,44 @@ def by_entry(root: Any, args: Args, kwargs: Kwargs) -> Sequence | str:
 def patches(embeddings: Any, args: Args, kwargs: Kwargs) -> Sequence | str:
     """(B, C, H, W), or clips (B, T, C, H, W), through a convolution; any resolution. Runs inside compiled code."""
     pixels = args[0] if args else kwargs["pixel_values"]
-    cut = next(part for part in embeddings.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d)))
+    cut = _cut(embeddings)
     if cut.padding not in ("valid", (0,) * len(cut.kernel_size)):
         return f"a patch embedding with padding={cut.padding}"
     sizes = pixels.shape[-2:]
     if isinstance(cut, nn.Conv3d):
         sizes = (max(pixels.shape[1], cut.kernel_size[0]), *sizes)  # V-JEPA repeats a frame that is alone
-    grid = [(size - wide) // step + 1 for size, wide, step in zip(sizes, cut.kernel_size, cut.stride, strict=True)]
+    return Sequence(_cells(cut, sizes), text_before=_own_tokens(embeddings))
+
+
+def shape(root: Any, attention: Any) -> SiteShape | str:
+    """An attention of a model that says which size of picture it is made for (`image_size`)."""
+    config = attention.config
+    entries = [part for name, part in root.named_modules() if name.split(".")[-1] == "embeddings" and _cut(part)]
+    side = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+    if not entries or side is None:
+        return f"{type(root).__name__} is made for pictures of any size, and says of none how many patches it is"
+    cut = _cut(entries[0])
+    sizes = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+    if isinstance(cut, nn.Conv3d):
+        sizes = (getattr(config, "num_frames", None) or config.frames_per_clip, *sizes)
+    heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
+    width = config.hidden_size
+    return SiteShape(width, heads, heads, width // heads, _cells(cut, sizes), _own_tokens(entries[0]))
+
+
+def _cut(embeddings: Any) -> Any:
+    """The convolution that cuts pictures into patches; None without one."""
+    return next((part for part in embeddings.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), None)
+
+
+def _cells(cut: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    pairs = zip(sizes, cut.kernel_size, cut.stride, strict=True)
+    return tuple((size - wide) // step + 1 for size, wide, step in pairs)
+
+
+def _own_tokens(embeddings: Any) -> int:
     own = [getattr(embeddings, name, None) for name in _BEFORE]
-    before = sum(token.shape[1] if token.ndim == 3 else 1 for token in own if token is not None)
-    return Sequence(tuple(grid), text_before=before)
+    return sum(token.shape[1] if token.ndim == 3 else 1 for token in own if token is not None)
 
 
 _rows = TensorReading(lambda values: [tuple(row) for row in values.tolist()])
