@@ -27,7 +27,7 @@ def test_the_seed_decides():
 
 
 def test_test_digits_are_never_trained_on(monkeypatch):
-    images, classes = data._digits()
+    images, classes = data.digit_images()
     blank = images.clone()
     blank[: data.TEST_FROM] = 0
     monkeypatch.setattr(data, "_digits", lambda: (blank, classes))

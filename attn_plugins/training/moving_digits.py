@@ -19,7 +19,7 @@ TEST_FROM = 1437  # the last 360 images are never trained on; not a random 360, 
 
 
 @functools.cache
-def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+def digit_images() -> tuple[torch.Tensor, torch.Tensor]:
     """All digit images (1797, 16, 16) in [0, 1] and their classes (1797,)."""
     try:
         from sklearn.datasets import load_digits
@@ -65,7 +65,7 @@ def moving_digits(
         raise ValueError(f"batch={batch}, frames={frames}, size={size}: need batch >= 1, frames >= 1, size >= 24")
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: choose 'train' or 'test'")
-    images, classes = _digits()
+    images, classes = digit_images()
     low, high = (0, TEST_FROM) if split == "train" else (TEST_FROM, len(images))
     index = torch.randint(low, high, (batch, 2), generator=generator)
     x0, y0, angle, speed = torch.rand(4, batch, 2, generator=generator)

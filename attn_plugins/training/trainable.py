@@ -1,7 +1,8 @@
-"""What of a video transformer is trained, everything or a LoRA, and how it is saved."""
+"""What of a model is trained, everything or a LoRA, and how a video transformer is saved."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,23 @@ import torch
 from torch import nn
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers calls them
+# of diffusers, and of transformers
+CHECKPOINTING = "enable_gradient_checkpointing", "gradient_checkpointing_enable"
 LORA = "continued"  # the adapter's name
 
 
-def make_trainable(model: Any, *, lora: int = 0, checkpointing: bool = False, seed: int = 0) -> None:
-    """Switch gradients on: for all of a diffusers model, or for a new LoRA of rank `lora` on its attention projections.
+def make_trainable(
+    model: Any,
+    *,
+    lora: int = 0,
+    checkpointing: bool = False,
+    seed: int = 0,
+    projections: Sequence[str] = PROJECTIONS,
+) -> None:
+    """Switch gradients on: for all of a model, or for a new LoRA of rank `lora` on its attention projections.
 
-    checkpointing: recompute activations in the backward. seed: of the LoRA's random half; the global state is kept.
+    The model is one of diffusers or of transformers. checkpointing: recompute activations in the backward. seed: of the
+    LoRA's random half; the global state is kept. projections: names of linear layers, or ends of names.
 
     Raises:
         ValueError: a negative rank, or a model that has a LoRA of this name already.
@@ -32,11 +43,12 @@ def make_trainable(model: Any, *, lora: int = 0, checkpointing: bool = False, se
             raise ImportError("a LoRA needs peft: pip install attn-plugins[train]") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model.add_adapter(LoraConfig(r=lora, lora_alpha=lora, target_modules=list(PROJECTIONS)), LORA)
+            model.add_adapter(LoraConfig(r=lora, lora_alpha=lora, target_modules=list(projections)), LORA)
         for parameter in trained(model):  # the rest may be in half precision, what is trained may not
             parameter.data = parameter.data.float()
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        ours, theirs = (getattr(model, name, None) for name in CHECKPOINTING)
+        (ours or theirs)()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from attn_plugins.training.flow_matching import shifted
-from attn_plugins.training.video_data import Item, VideoData, seeded
+from attn_plugins.training.seeds import seeded
+from attn_plugins.training.video_data import Item, VideoData
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 
 from attn_plugins.training.moving_digits import empty_prompt, moving_digits, prompt_embeds
+from attn_plugins.training.seeds import in_epochs, seeded
 
 HELD_OUT_SHARE = 10  # one in so many files of a folder is never trained on
 EMPTY = "empty.safetensors"
@@ -29,12 +29,6 @@ class VideoData(Protocol):
 
     def empty(self) -> torch.Tensor | None:
         """The tokens (L, D) of a prompt that says nothing, or None: prompts are then never dropped."""
-
-
-def seeded(*key: object) -> torch.Generator:
-    """A CPU generator for a key of numbers and words: equal keys give equal streams, in every process."""
-    # torch reads 32 bits of a seed, so that the parts of a key have to be mixed
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
 @dataclass(frozen=True)
@@ -96,10 +90,7 @@ class LatentFolder:
 
     def item(self, number: int) -> Item:
         """Every file once, in an order of its own, before any comes again."""
-        files = self._files[: -self._kept]
-        epoch, place = divmod(number, len(files))
-        order = torch.randperm(len(files), generator=seeded(self.seed, "epoch", epoch))
-        return _read(files[int(order[place])])
+        return _read(in_epochs(self._files[: -self._kept], number, self.seed))
 
     def held_out(self, number: int) -> Item:
         files = self._files[-self._kept :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from attn_plugins.pipelines.tuned import DENSE, SPARSE, UNTUNED, Tuned, smoothed
 from attn_plugins.pipelines.wan_checkpoint import load_wan, wan_shift
 from attn_plugins.training.video_data import LatentFolder
 from tests.support import tiny_pipelines
+from tests.support.examples import load_example
 from tests.support.tiny import randn
 
 accelerate = pytest.importorskip("accelerate")
@@ -41,11 +41,7 @@ def one_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("continue_tune_vmoba", ROOT / "examples" / "continue_tune_vmoba.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("continue_tune_vmoba")
 
 
 @pytest.fixture(scope="module")

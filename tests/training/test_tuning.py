@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import attn_plugins
+from attn_plugins.training.seeds import seeded
 from attn_plugins.training.trainable import make_trainable, save_trained, trained
 from attn_plugins.training.tuning import TuneSettings, held_out_losses, tune
 from attn_plugins.training.video_batches import training_batch
-from attn_plugins.training.video_data import Item, seeded
+from attn_plugins.training.video_data import Item
 from tests.support.beside import traces
 from tests.support.together import together
 
