@@ -7,12 +7,18 @@ interleaved; ratios are of medians. A wrong result is not timed: each problem is
 float64. The token tensors lie as a projection leaves them, (B, N, H, D).
 `pool_ms` is the pooling that makes the agents, `agent_ms` the operator, `published_ms` both, with the second scale and
 the shortcut of the published Stable Diffusion setting. `ideal` is N / (2 n), what the operations allow; `share` is what
-`agent_ms` reaches of it, `share_published` what `published_ms` does, pooling included.
+`agent_ms` reaches of it, `share_published` what `published_ms` does, pooling included. `bare_ms` are two calls of SDPA
+with the same products, `share_bare` what they reach: about the bound of what is made of PyTorch's kernel.
+
+Beside it, on the same tokens: `kv_pool_ms` (2 x 2 keys averaged), `todo_ms` (ToDo, 2402.13573: every other key per
+axis) and `tomesd_ms` (half of the tokens merged, attended to and taken apart again; -1 where tomesd 0.1.3 cannot be
+imported).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import math
 import sys
@@ -47,6 +53,15 @@ def measure(tokens: int, head_dim: int, dtype: str, seconds: float) -> dict[str,
     def published() -> torch.Tensor:
         return agent_attention(q, k, v, pool_tokens(q, grid, to), **setting)
 
+    def kv_pool() -> torch.Tensor:
+        half = (grid[0] // 2, grid[1] // 2)
+        return F.scaled_dot_product_attention(q, pool_tokens(k, grid, half), pool_tokens(v, grid, half))
+
+    def todo() -> torch.Tensor:
+        few = (t.unflatten(2, grid)[:, :, 1::2, 1::2].flatten(2, 3) for t in (k, v))
+        return F.scaled_dot_product_attention(q, *few)
+
+    merging = {"tomesd": lambda: tomesd(q, grid)} if importlib.util.find_spec("tomesd") else {}
     check(q, k, v, agents, agent_attention(q, k, v, agents))
     check(q, k, v, agents, published(), **setting)
     times = interleaved(
@@ -55,6 +70,10 @@ def measure(tokens: int, head_dim: int, dtype: str, seconds: float) -> dict[str,
             "pool": lambda: pool_tokens(q, grid, to),
             "agent": lambda: agent_attention(q, k, v, agents),
             "published": published,
+            "bare": lambda: F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v)),
+            "kv_pool": kv_pool,
+            "todo": todo,
+            **merging,
         },
         seconds=seconds,
     )
@@ -62,10 +81,21 @@ def measure(tokens: int, head_dim: int, dtype: str, seconds: float) -> dict[str,
     ideal, speedup = tokens / (2 * count), times["sdpa"] / times["agent"]
     return {
         "tokens": tokens, "agents": count, "heads": HEADS, "head_dim": head_dim, "dtype": dtype,
-        **{f"{name}_ms": round(time, 3) for name, time in times.items()}, "ideal": round(ideal, 3),
+        **{f"{name}_ms": round(time, 3) for name, time in ({"tomesd": -1} | times).items()}, "ideal": round(ideal, 3),
         "speedup": round(speedup, 2), "share": round(speedup / ideal, 3),
+        "share_bare": round(times["sdpa"] / times["bare"] / ideal, 3),
         "share_published": round(times["sdpa"] / times["published"] / ideal, 3),
     }  # fmt: skip
+
+
+def tomesd(q: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Queries stand for the layer's input: what is merged is attended to and spread out again."""
+    from tomesd.merge import bipartite_soft_matching_random2d
+
+    x = q.transpose(1, 2).flatten(2)
+    merge, spread = bipartite_soft_matching_random2d(x, grid[1], grid[0], 2, 2, x.shape[1] // 2, no_rand=True)
+    few = merge(x).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+    return spread(F.scaled_dot_product_attention(few, few, few).transpose(1, 2).flatten(2))
 
 
 def check(  # type: ignore[no-untyped-def]

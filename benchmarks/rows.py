@@ -12,17 +12,21 @@ from benchmarks import machine
 Case = TypeVar("Case")
 
 
-def write_rows(cases: Sequence[Case], measure: Callable[[Case], dict[str, object]], out: Path) -> None:
-    """Measure each case, and write and print its row; every row of the file ends with what it was measured on."""
+Row = dict[str, object]
+
+
+def write_rows(cases: Sequence[Case], measure: Callable[[Case], Row | list[Row]], out: Path) -> None:
+    """Measure each case, and write and print its row or rows; every row ends with what it was measured on."""
     about = machine.describe()
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = None
         for number, case in enumerate(cases, 1):
-            row = measure(case)
-            if writer is None:
-                writer = csv.DictWriter(file, [*row, *about], lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({**row, **about})
-            file.flush()
-            print(f"[{number}/{len(cases)}]", *(f"{name} {value}" for name, value in row.items()), flush=True)
+            found = measure(case)
+            for row in found if isinstance(found, list) else [found]:
+                if writer is None:
+                    writer = csv.DictWriter(file, [*row, *about], lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow({**row, **about})
+                file.flush()
+                print(f"[{number}/{len(cases)}]", *(f"{name} {value}" for name, value in row.items()), flush=True)

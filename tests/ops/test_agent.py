@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_plugins.ops import agent_attention
-from attn_plugins.ops.agent import cpu
+from attn_plugins.ops.agent import cpu, op
 from tests.ops.test_memory import LiveBytes, nbytes
 from tests.support.agents import Problem, random_problem
 
@@ -192,6 +192,25 @@ def test_biases_are_never_expanded():
         with LiveBytes([*tensors, out]) as live:
             grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
         assert 0 < live.peak - nbytes(*grads) <= 2 * nbytes(q, k, v) + 6 * wanted * cpu.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_output_is_made_once(dtype):
+    """Where the kernel leaves q's layout no second one is asked for, not even for its strides: pages are costly."""
+    q, k, v = (torch.randn(1, 4096, 4, 32).to(dtype).transpose(1, 2) for _ in range(3))
+    agents = torch.randn(1, 64, 4, 32).to(dtype).transpose(1, 2)
+    with LiveBytes([q, k, v, agents]) as live, torch.no_grad():
+        out = agent_attention(q, k, v, agents, shortcut=0.075)
+    own = nbytes(out) + (nbytes(k, v) if cpu._reads_slowly(dtype) else 0)
+    assert out.stride() == q.stride() and live.peak <= own + nbytes(q) / 2
+
+
+def test_results_lie_without_gaps():
+    """As the fake tensors promise, whatever a kernel hands over."""
+    gapped = torch.randn(2, 3, 4, 16)[..., :8]
+    for like in (gapped, gapped.transpose(1, 2), gapped.contiguous()):
+        found = op._laid_out(gapped if like.shape == gapped.shape else gapped.transpose(1, 2), like)
+        assert found.stride() == torch.empty_like(like).stride()
 
 
 Q, A = torch.zeros(2, 4, 12, 8), torch.zeros(2, 4, 3, 8)

@@ -41,6 +41,30 @@ def test_as_good_as_pytorch_in_the_same_precision(grid, to, dtype):
     assert within(pool_tokens(x, grid, to), theirs(x, grid, to, 0), theirs(x.double(), grid, to, 0))
 
 
+def fused(x):
+    """As one of three that a fused projection gave: the tokens lie three times as far apart."""
+    return torch.stack([x, x, x], dim=2).transpose(1, 3).contiguous().transpose(1, 3)[:, :, 1]
+
+
+LAYOUTS = {
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels outside": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "fused": fused,
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("grid", "to"), CASES)
+def test_any_memory_layout(grid, to, layout):
+    x = LAYOUTS[layout](torch.randn(2, 3, 1 + math.prod(grid), 4, dtype=torch.float64)).requires_grad_()
+    found, expected = pool_tokens(x, grid, to, 1), theirs(x, grid, to, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    upstream = torch.randn_like(found)
+    grads = [torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-14)
+
+
 def test_any_layout_of_features():
     x = torch.randn(2, 30, 3, 8)
     heads = pool_tokens(x.transpose(1, 2), (5, 6), (2, 3))

@@ -6,17 +6,17 @@ time. Plain PyTorch: it runs on any device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from attn_plugins.ops.agent.steps import Gradients
 from attn_plugins.ops.block_sparse import tile_attention
-from attn_plugins.ops.merge import merge_attention_states
 
-# PyTorch's kernel takes fewer than MANY_ROWS rows in small blocks, each of which reads all keys again: where they are
-# cut, from a core's own cache (a fifth less time at 4,096 keys, in float32 and bfloat16).
-MANY_ROWS, CUT_KEYS = 768, 1024
+# PyTorch's kernel takes fewer than MANY_ROWS rows in slices of SLICE, each of which reads all keys again: where they
+# are cut, from a core's own cache (a fifth less time at 4,096 keys, in float32 and bfloat16, on Sapphire Rapids).
+MANY_ROWS, SLICE, CUT_KEYS = 768, 64, 1024
 CHUNK_BYTES = 1 << 24  # of scores at once, where a bias wants its gradient
 
 
@@ -31,6 +31,8 @@ def attend(
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `steps.Backend` says; the output has any layout."""
+    if SLICE <= q.shape[2] < k.shape[2] and _reads_slowly(q.dtype):
+        k, v = k.contiguous(), v.contiguous()
     if q.shape[1] == k.shape[1]:
         cuts = k.shape[2] // CUT_KEYS if bias is None and q.shape[2] < MANY_ROWS else 1
         out, lse = _attend_cut(q, k, v, scale, cuts) if cuts > 1 else tile_attention.attend(q, k, v, bias, scale)
@@ -42,23 +44,45 @@ def attend(
     return (out if into is None else into.copy_(out)), lse
 
 
+@functools.cache
+def _reads_slowly(dtype: torch.dtype) -> bool:
+    """Whether keys should lie side by side for few rows, each small slice of which reads all of them.
+
+    In half precision, unless the kernel packs them anyway, as it does for AMX (1.0 of the time in float32, .9 in
+    bfloat16, .77 in float16, copies included; 256 rows, 4,096 keys).
+    """
+    packs = dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return dtype.itemsize == 2 and not packs
+
+
 def _attend_cut(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cuts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few rows over many keys: as views of so many equal cuts, whose results are merged, and of what is left over."""
     size = k.shape[2] // cuts
     rest = size * cuts
-    found = []
-    for rows, keys, values in zip(q, k, v, strict=True):
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for b, (rows, keys, values) in enumerate(zip(q, k, v, strict=True)):
         cut_keys, cut_values = (t[:, :rest].unflatten(1, (cuts, size)) for t in (keys, values))
         outs, lses = tile_attention.attend(rows[:, None].expand(-1, cuts, -1, -1), cut_keys, cut_values, None, scale)
-        states = [*zip(outs.unbind(1), lses.unbind(1), strict=True)]
+        parts, part_lses = [*outs.unbind(1)], [*lses.unbind(1)]
         if rest < keys.shape[1]:
             last = tile_attention.attend(rows[None], keys[None, :, rest:], values[None, :, rest:], None, scale)
-            states.append((last[0][0], last[1][0]))
-        found.append(merge_attention_states(*zip(*states, strict=True)))
-    out, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
+            parts.append(last[0][0])
+            part_lses.append(last[1][0])
+        out[b], lse[b] = _merged(parts, part_lses)
     return out, lse
+
+
+def _merged(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_attention_states` of parts that all have keys: in place, in few passes."""
+    stacked = torch.stack(lses)
+    lse = torch.logsumexp(stacked, dim=0)
+    first, *weights = stacked.sub_(lse).exp_()[..., None]
+    merged = outs[0] * first
+    for out, weight in zip(outs[1:], weights, strict=True):
+        merged.addcmul_(out.to(merged.dtype), weight)
+    return merged, lse
 
 
 def attend_backward(

@@ -67,15 +67,12 @@ def pool_tokens(x: torch.Tensor, grid: tuple[int, ...], to: tuple[int, ...], bef
     if before < 0 or before + cells > x.shape[-2]:
         raise ValueError(f"grid={grid} from token {before} on is {before + cells} tokens, x has {x.shape[-2]}")
     image = x[..., before : before + cells, :].unflatten(-2, grid)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    in_planes = min(len(grid), 2) if x.device.type == "cpu" and grid[-2:] != to[-2:] else 0
     for axis, (many, few) in enumerate(zip(grid, to, strict=True), start=-len(grid) - 1):
-        if many == few:
-            continue
-        if many % few == 0:
-            image = _mean(image.unflatten(axis, (few, -1)), axis, wide)
-        else:
-            means = _means(many, few, x.device).to(wide)
-            image = torch.einsum("fm,...mc->...fc", means, image.to(wide).movedim(axis, -2)).movedim(-2, axis)
+        if many != few and axis < -in_planes - 1:
+            image = _pool_axis(image, axis, few)
+    if in_planes:
+        image = _pool_planes(image, to)
     return image.flatten(-len(grid) - 1, -2).to(x.dtype)
 
 
@@ -91,6 +88,38 @@ def agent_centres(grid: tuple[int, ...], to: tuple[int, ...], device: torch.devi
     for many, few in zip(grid, to, strict=True):
         axes.append(_means(many, few, device) @ torch.arange(many, dtype=torch.float64, device=device))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2).float()
+
+
+def _pool_axis(image: torch.Tensor, axis: int, few: int) -> torch.Tensor:
+    """One axis of (..., C), counted from the end, in at least float32."""
+    wide, many = torch.promote_types(image.dtype, torch.float32), image.shape[axis]
+    if many % few == 0:
+        return _mean(image.unflatten(axis, (few, -1)), axis, wide)
+    means = _means(many, few, image.device).to(wide)
+    return torch.einsum("fm,...mc->...fc", means, image.to(wide).movedim(axis, -2)).movedim(-2, axis)
+
+
+def _pool_planes(image: torch.Tensor, to: tuple[int, ...]) -> torch.Tensor:
+    """The last axes, one or two, of (..., C) on a CPU: PyTorch's pooling of channels that lie innermost.
+
+    One pass, which accumulates in float32: three to ten times as fast as sums of slices. Only on a CPU: its gradient
+    on CUDA adds by atomics, in no fixed order.
+    """
+    if len(to) == 1:
+        return _pool_planes(image.unsqueeze(-3), (1, *to)).squeeze(-3)
+    channels, height, width = image.shape[-1], *to[-2:]
+    # Tokens that hold their heads side by side: those are channels too.
+    beside = (axis for axis in range(-image.dim(), -3) if image.stride(axis) == channels < image.stride(-2))
+    heads = next(beside, None)
+    if heads is not None:
+        image = image.movedim(heads, -2).flatten(-2)
+    planes = image.reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)
+    if planes.shape[2] % height == 0 and planes.shape[3] % width == 0:
+        found = torch.nn.functional.avg_pool2d(planes, (planes.shape[2] // height, planes.shape[3] // width))
+    else:
+        found = torch.nn.functional.adaptive_avg_pool2d(planes, (height, width))
+    found = found.permute(0, 2, 3, 1).reshape(*image.shape[:-3], height, width, image.shape[-1])
+    return found if heads is None else found.unflatten(-1, (-1, channels)).movedim(-2, heads)
 
 
 def _mean(t: torch.Tensor, axis: int, dtype: torch.dtype) -> torch.Tensor:
