@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from attn_plugins import registry
+from attn_plugins import registry, weights
 from attn_plugins.metrics.flops import step_flops
 from attn_plugins.plan.simulator import end_to_end
 from attn_plugins.runtime import device_of
@@ -44,7 +44,10 @@ class SiteGroup:
 
 @dataclass(frozen=True)
 class RootReport:
-    """One patched model at the shape of its last forward (`sequence` None: it has not run)."""
+    """One patched model at the shape of its last forward (`sequence` None: it has not run).
+
+    `weights`: numbers that the method added to the model.
+    """
 
     root: str
     patched: Patched
@@ -52,6 +55,7 @@ class RootReport:
     groups: tuple[SiteGroup, ...]
     share: float | None
     dense_share: float | None
+    weights: int = 0
 
     @property
     def saved(self) -> float | None:
@@ -144,7 +148,9 @@ def _analyse(root: nn.Module, patched: Patched) -> RootReport:
     if flops is not None and flops.linear is not None and all(row.dense_flops is not None for row in rows):
         mine = sum(row.dense_flops or 0.0 for row in rows)
         share = mine / (sum(flops.attention.values()) + flops.linear)
-    return RootReport(type(root).__name__, patched, sequence, tuple(rows), share, patched.state.schedule.dense_share)
+    added = sum(weight.numel() for _, weight in weights.named_weights(root, patched))
+    dense_share = patched.state.schedule.dense_share
+    return RootReport(type(root).__name__, patched, sequence, tuple(rows), share, dense_share, added)
 
 
 def _density(root: nn.Module, layer: Layer, sequence: Sequence | None) -> float | None:
@@ -184,7 +190,7 @@ def _cells(group: SiteGroup, sequence: Sequence | None) -> tuple[str, ...]:
 
 def _totals(row: RootReport) -> list[str]:
     schedule = row.patched.state.schedule
-    lines = []
+    lines = [f"weights of its own: {row.weights:,}"] if row.weights else []
     if not schedule.always_sparse:
         lines.append(f"dense: {describe(schedule)}")
     if row.sequence is None:

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="folder of folders of pictures, a class each; default: digits of scikit-learn")
     add("--size", type=int, default=224, help="px, of the pictures")
     add("--speeds", type=int, nargs="+", default=[224, 448, 896], help="px, of the pictures whose forward is timed")
-    add("--start-steps", type=int, default=1500, help="of the small ViT's own training")
+    add("--start-steps", type=int, default=2000, help="of the small ViT's own training")
     add("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of trained_agent: agents=25")
     add("--out", type=Path, default=Path("out/agent_vit"))
     add("--resume", action="store_true", help="take up what --out has; to the bit what it had been without a stop")

@@ -69,7 +69,10 @@ def green() -> dict[str, list[str]]:
 
 
 def cell(method: Method, family: Family) -> str:
-    """Which attention of a family a method takes, and "presets" where settings are shipped; "-" where it takes none."""
+    """Which attention of a family a method takes, and "presets" where settings are shipped; "-" where it takes none, or
+    brings weights and the family does not tell what they must be made for."""
+    if method.kind == "module" and family.shape is None:
+        return "-"
     kinds = [kind for kind in dict.fromkeys(kind for _, kind in family.sites) if kind in method.sites]
     shipped = presets.available(method.name, family.name)
     return (", ".join(kinds) + (" (presets)" if shipped else "")) if kinds else "-"

@@ -15,8 +15,8 @@ from attn_plugins.training.seeds import in_epochs, seeded
 
 HELD_OUT_SHARE = 10  # one in so many files of a class is never trained on
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DIGIT = (0.4, 0.9)  # side of the digit that is asked for, as a share of the canvas
-SCRAPS, SCRAP, PALE = 3, 0.25, 0.7  # pieces of other digits around it: how many, their side, their ink
+DIGIT = (0.7, 0.95)  # side of the digit that is asked for, as a share of the canvas
+SCRAPS, SCRAP, PALE = 3, 0.25, 0.5  # pieces of other digits around it: how many, their side, their ink
 NOISE = 0.05
 Item = tuple[torch.Tensor, int]
 
@@ -88,7 +88,7 @@ class DigitPictures:
         which = choose()
         put(images[which], DIGIT[0] + (DIGIT[1] - DIGIT[0]) * draw(), 1.0)
         canvas += NOISE * torch.randn(canvas.shape, generator=generator)
-        return (2 * canvas - 1).expand(3, -1, -1).contiguous(), int(labels[which])
+        return (2 * canvas).expand(3, -1, -1).contiguous(), int(labels[which])
 
 
 @dataclass(frozen=True)

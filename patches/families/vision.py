@@ -59,6 +59,7 @@ FAMILIES = (
         "SigLIP 2 vision (any size)",
         *_dual("Siglip2"),
         notes="Batches of pictures of different sizes stay dense.",
+        shape=None,
         extras={"levels": {r"|(.*\.)?vision_model": vision.spatial_shapes}, "key_padding": True},
     ),
     vision_family("aimv2_vision", "AIMv2 vision", *_dual("Aimv2")),
@@ -76,6 +77,7 @@ FAMILIES = (
         sites=r"blocks\.\d+\.attn",
         read=vision.frames,
         notes="Frame by frame; calls with pictures of different sizes stay dense.",
+        shape=None,
         extras={"cells": "spatial_merge_size"},
     ),
 )

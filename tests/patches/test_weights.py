@@ -119,6 +119,7 @@ def test_the_parameters_are_the_papers() -> None:
     handle = attn_plugins.patch(model, "trained_agent")
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_015_640
     assert sum(weight.numel() for _, weight in handle.named_weights()) == 298_224
+    assert "weights of its own: 298,224" in handle.summary()
     assert dict(handle.named_weights()).items() <= dict(model.named_parameters()).items()
 
 
@@ -188,7 +189,7 @@ def test_a_load_that_fails_leaves_no_patch(tmp_path: Any) -> None:
 def test_models_of_any_size_are_refused_before_anything_changes(model: str) -> None:
     built = build(model)
     before = snapshot(built)
-    with pytest.raises(ValueError, match="made for pictures of any size"):
+    with pytest.raises(ValueError, match="does not tell the sizes of its attention layers"):
         patch(built)
     assert snapshot(built) == before
 
