@@ -18,6 +18,7 @@ from attn_plugins.schedule import describe
 
 if TYPE_CHECKING:
     from attn_plugins.measures import Measures
+    from attn_plugins.methods.moa.report import LayerCache
 
 
 class PatchHandle:
@@ -107,6 +108,46 @@ class PatchHandle:
         from attn_plugins.measuring import measure
 
         return measure(self, rows)
+
+    def report(self, length: int = 8192, batch: int = 1) -> str:
+        """What the cache takes at `length` tokens, beside a dense one, layer by layer: of methods with ring caches.
+
+        Raises:
+            ValueError: a method that keeps no cache of its own, or a model that is gone.
+        """
+        from attn_plugins.methods.moa.report import report
+
+        layers, itemsize = self._cache_layers()
+        return report(layers, length, batch, itemsize)
+
+    def plot(self, path: str | Path, length: int = 8192) -> Path:
+        """Draw how far each head looks back at `length` tokens, layer by layer (needs matplotlib).
+
+        Raises:
+            ValueError: as `report`.
+        """
+        from attn_plugins.methods.moa.report import draw
+
+        return draw(self._cache_layers()[0], length, path)
+
+    def _cache_layers(self) -> tuple[list[LayerCache], int]:
+        """The attention layers of the patched model, in order, and the bytes of a number in its cache."""
+        from attn_plugins.methods.moa.report import LayerCache
+
+        found: list[LayerCache] = []
+        itemsize = 0
+        for ref, patched in zip(self._roots, self.patches, strict=True):
+            root = ref()
+            rules = {layer.name: getattr(layer.processor, "span_rule", None) for layer in patched.layers}
+            if root is None or not any(rules.values()):
+                continue
+            names = {*rules, *(name for name, _ in patched.skipped)}
+            modules = [(name, module) for name, module in root.named_modules() if name in names]
+            found += [LayerCache.of(name, module, rules.get(name)) for name, module in modules]
+            itemsize = next(root.parameters()).element_size()
+        if not found:
+            raise ValueError(f"{self.method!r} keeps no cache of its own, or its model is gone: nothing to report")
+        return found, itemsize
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the method added to the patched models, by the names of their state dicts; nothing of most methods.

@@ -13,9 +13,10 @@ from attn_plugins.sequence import Sequence
 
 
 def measured(call: AttentionCall, out: torch.Tensor, processor: Processor, most: int) -> Shares | None:
-    """The shares of up to `most` query rows of each head of a call that gave `out`; None if no row is real."""
+    """The shares of up to `most` query rows of each head of a call that gave `out`; None if no row is real, or not all
+    keys are at hand."""
     rows = _real_rows(call)
-    if not len(rows):
+    if not len(rows) or "behind" in call.extras:  # of the earlier keys, only what the method kept is left
         return None
     rows = rows[spread(len(rows), most)]
     at = rows.to(call.q.device)

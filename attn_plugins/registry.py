@@ -25,6 +25,7 @@ BUILTIN_METHODS = {
     "draft": "attn_plugins.methods.draft:Draft",
     "gna": "attn_plugins.methods.gna:GNA",
     "kv_pool": "attn_plugins.methods.kv_pool:KVPool",
+    "moa": "attn_plugins.methods.moa:MoA",
     "moba": "attn_plugins.methods.moba:MoBA",
     "radial": "attn_plugins.methods.radial:Radial",
     "sparge": "attn_plugins.methods.sparge:Sparge",

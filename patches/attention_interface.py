@@ -11,6 +11,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attn_plugins.method import AttentionCall
 from attn_plugins.patches.causal_mask import as_matrix, is_ours, make_mask, read_mask
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
+from attn_plugins.patches.pending import STRAY, Pending
 from attn_plugins.patches.processor_swap import LevelHook
 from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import UNKNOWN, Layer, RootState
@@ -38,6 +40,9 @@ def attention_forward(
     """The function for transformers' AttentionInterface: (B, H, N, D) in, ((B, N, H, D), weights or None) out."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer: Layer | None = module.__dict__.get(STATE)
+    if isinstance(key, Pending) and isinstance(value, Pending):
+        kept = _behind_rings(module, layer, query, key, value, attention_mask, dropout, scaling, causal, kwargs)
+        return kept.transpose(1, 2), None
     if layer is not None:
         given = _without_padding(layer, attention_mask)
         reason = _why_dense(module, layer, query, key, given, kwargs)
@@ -53,12 +58,37 @@ def attention_forward(
                     keys=read_mask(given), sliding_window=kwargs.get("sliding_window"),
                     softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
                     first_head=share * heads, layer_heads=shares * heads if shares > 1 else None,
-                    weights=layer.weights_of(module),
+                    weights=layer.weights_of(module), extras={"length": layer.root.moment.length},
                 )
             )  # fmt: skip
             if out is not None:
                 return _by_cells(layer, out).transpose(1, 2), None
     return _dense(module, query, key, value, attention_mask, dropout, scaling, is_causal, causal, kwargs)
+
+
+def _behind_rings(
+    module: nn.Module, layer: Layer | None, query: torch.Tensor, key: Pending, value: Pending, mask: Any,
+    dropout: float, scaling: float | None, causal: bool, kwargs: Mapping[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Attention where a ring cache keeps the earlier tokens (caches.py), (B, H, N, D). There is no dense way out."""
+    cache, keys = key.layer, read_mask(mask) if is_ours(mask) else None
+    if layer is None or getattr(layer.processor, "span_rule", None) != cache.rule:
+        raise ValueError(STRAY)
+    cache.ready(query.shape[1], key.tensor, value.tensor)
+    if keys is not None and not torch.compiler.is_compiling() and cache.fresh:
+        keys = replace(keys, positions=keys.positions[:, : query.shape[2]])  # a static cache's have room for more
+    call = AttentionCall(
+        query, key.tensor, value.tensor, layer.kind, layer.root.moment.sequence, scaling, None, causal, dropout,
+        keys=keys, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"), extras={"cache": cache},
+    )  # fmt: skip
+    reason = _why_dense(module, layer, query, key, None if is_ours(mask) else mask, kwargs)
+    reason = reason or layer.processor.refuses(call)
+    if reason is not None:
+        raise ValueError(
+            f"{reason}; a ring cache keeps too little for dense attention: pass past_key_values=DynamicCache(...)"
+        )
+    return layer.processor(call)
 
 
 def _without_padding(layer: Layer, mask: Any) -> Any:
@@ -89,8 +119,9 @@ def _by_cells(layer: Layer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _why_dense(
-    module: nn.Module, layer: Layer, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: Mapping[str, Any]
-) -> str | None:
+    module: nn.Module, layer: Layer, query: torch.Tensor, key: torch.Tensor | Pending, mask: Any,
+    kwargs: Mapping[str, Any],
+) -> str | None:  # fmt: skip
     for name in MEANINGFUL:
         if kwargs.get(name) is not None:
             return f"the model passes {name} to its attention"
@@ -157,12 +188,14 @@ class InterfaceHook:
         owners: list[nn.Module],
         checkpointing: list[Weakly],
         first: nn.Module,
+        keeps: bool = False,
     ) -> None:
         self.read = read
         self.state = state
         self.owners = owners
         self.first = first  # of the patched layers
         self.checkpointing = checkpointing
+        self.keeps = keeps  # the method has ring caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,6 +208,10 @@ class InterfaceHook:
         self.state.shared_heads = share_of_heads(self.first)
         carry(self.checkpointing, self.state)
         self.state.begin_forward(root)
+        if self.keeps:
+            from attn_plugins.patches.caches import note_foreign
+
+            note_foreign(self.state, kwargs.get("past_key_values"))
         found = self.read(root, args, kwargs)
         self.state.enter(None if isinstance(found, str) else found, False, found if isinstance(found, str) else UNKNOWN)
 
@@ -243,7 +280,12 @@ class AttentionInterfaceSwap:
         owners = _find_owners(root, mine)
         _register()
         undo: list[Undo] = [functools.partial(_release, owners, mine)]
+        keeps = any(hasattr(layer.processor, "span_rule") for _, layer in layers)
         try:
+            if keeps:  # caches of its own: what they are is transformers', which only patched models need
+                from attn_plugins.patches import caches
+
+                undo += caches.install(root, state, [(site.module, layer.processor) for site, layer in layers])
             for site, layer in layers:
                 layer.cell = getattr(site.module.config, family.extras.get("cells", ""), 1)
                 site.module.__dict__[STATE] = layer
@@ -257,7 +299,7 @@ class AttentionInterfaceSwap:
             # last, to run first: it forgets the call before, and then pictures enter
             checkpointing = checkpointing_modules(root)
             undo.append(functools.partial(drop, checkpointing, state))
-            hook = InterfaceHook(family.read, state, owners, checkpointing, mine[0])
+            hook = InterfaceHook(family.read, state, owners, checkpointing, mine[0], keeps)
             undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
         except BaseException:
             for step in reversed(undo):

@@ -89,7 +89,8 @@ def test_heads_of_one_device_keep_their_own_settings():
 @pytest.mark.parametrize(
     ("name", "options"),
     [("gna", {"window": 7, "stride": 1}), ("gna", {"window": 6, "stride": 3, "dilation": 2}),
-     ("moba", {"block": 8, "k_blocks": 2}), ("moba", {"block": 32, "k_blocks": 2})],
+     ("moba", {"block": 8, "k_blocks": 2}), ("moba", {"block": 32, "k_blocks": 2}),
+     ("moa", {"span": 9, "sink": 2, "block": 1}), ("moa", {"span": 0.5, "sink": 0, "block": 4})],
 )  # fmt: skip
 @pytest.mark.parametrize("queries", [50, 9, 1])
 def test_causal_with_and_without_a_cache(name, options, queries):
@@ -113,4 +114,4 @@ def test_causal_with_padded_prompts_and_a_sliding_window():
 
 
 def test_every_sparse_method_is_tested():
-    assert set(CHOOSERS) <= {name for name, _ in SETTINGS} | {"moba"}
+    assert set(CHOOSERS) <= {name for name, _ in SETTINGS} | {"moa", "moba"}
