@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One part of a GPU session, for a machine that is lent for minutes:  benchmarks/gpu_session.sh PART
 #   tests    tests/gpu                      quick    gpu.py --quick
-#   windows, video, wan, lists, vmoba       the full table in five parts, each within ten minutes
-#   sweep    the kernel configurations      all      tests, quick and the five parts, one after another
+#   windows, video, wan, lists, vmoba, agent   the full table in six parts, each within ten minutes
+#   sweep    the kernel configurations      all      tests, quick and the six parts, one after another
 # Output goes to $OUT (default: a new folder of the temporary directory): log, CSV and Markdown of each part.
 # PYTHON is the interpreter (default python3). The parts write files of their own; PART=join makes one table of those
 # CSV files that lie in $OUT. ATTN_PLUGINS_COMMIT names the commit where the tree has no history.
@@ -31,15 +31,16 @@ part() {
     wan) measure wan --only wan dense ;;
     lists) measure lists --only random ;;
     vmoba) measure vmoba --only vmoba ;;
+    agent) measure agent --only agent ;;
     sweep) timeout 590 "$PYTHON" benchmarks/gpu.py --sweep 2>&1 | tee "$OUT/sweep.log" ;;
-    join) "$PYTHON" -m benchmarks.gpu_suite.join "$OUT"/gpu_{windows,video,wan,lists,vmoba}.csv --out "$OUT/gpu.csv" ;;
+    join) "$PYTHON" -m benchmarks.gpu_suite.join "$OUT"/gpu_{windows,video,wan,lists,vmoba,agent}.csv --out "$OUT/gpu.csv" ;;
     *) echo "unknown part $1: see the head of this file" >&2; return 2 ;;
   esac
 }
 
 status=0
 parts=${*:-all}
-[ "$parts" = all ] && parts="tests quick windows video wan lists vmoba join"
+[ "$parts" = all ] && parts="tests quick windows video wan lists vmoba agent join"
 for name in $parts; do
   part "$name" || status=$?
 done

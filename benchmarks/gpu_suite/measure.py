@@ -85,7 +85,7 @@ def timed_call(built: Built, prepared: Prepared, gradients: bool) -> Call:
     def training(mark: Mark) -> object:
         out = built.run(*leaves)
         mark()
-        return out.detach(), *torch.autograd.grad(out, leaves, prepared.upstream)
+        return out.detach(), *torch.autograd.grad(out, leaves, prepared.upstream, allow_unused=True)
 
     return training if gradients else forward
 
@@ -155,7 +155,7 @@ def _about(case: Case, setting: Setting, prepared: Prepared, direction: str) -> 
         "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads or case.heads,
         "head_dim": setting.head_dim, "dtype": DTYPE_NAMES[setting.dtype], "direction": direction,
         "work": prepared.work, "pass": passes, "aim": aim,
-        "qkv_mib": sum(t.numel() * t.element_size() for t in prepared.leaves) / memory.MIB,
+        "qkv_mib": sum(t.numel() * t.element_size() for t in prepared.leaves[:3]) / memory.MIB,
     }  # fmt: skip
 
 

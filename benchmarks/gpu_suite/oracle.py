@@ -35,13 +35,7 @@ class SampledAttention:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Both ends, and the rest at random but always the same."""
-        length = self.leaves[0].shape[2]
-        if length <= self.count:
-            return torch.arange(length, device=self.leaves[0].device)
-        inner = torch.randperm(length - 2, generator=torch.Generator().manual_seed(1))[: self.count - 2] + 1
-        rows = torch.cat([inner, torch.tensor([0, length - 1])]).sort().values
-        return rows.to(self.leaves[0].device)
+        return sampled_rows(self.leaves[0].shape[2], self.count).to(self.leaves[0].device)
 
     def judge(self, run: Run, gradients: bool) -> Verdict:
         q, k, v = self.leaves
@@ -60,17 +54,17 @@ class SampledAttention:
         exact, theirs = self._expected[gradients]
         ours = self._ours(run, heads, kv_heads, rows, upstream, gradients)
         names = ("out", "dq", "dk", "dv")[: len(ours)]
-        return Verdict({name: _compare(*row) for name, *row in zip(names, ours, theirs, exact, strict=True)})
+        return Verdict({name: compare(*row) for name, *row in zip(names, ours, theirs, exact, strict=True)})
 
     def _ours(self, run, heads, kv_heads, rows, upstream, gradients: bool) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
         with torch.set_grad_enabled(gradients):
             leaves = [t.detach().requires_grad_(gradients) for t in self.leaves]
             out = run(*leaves)
-        found = [_finite(out.detach())[-1, heads][:, rows]]
+        found = [all_finite(out.detach())[-1, heads][:, rows]]
         if gradients:
             everywhere = torch.zeros_like(out)
             everywhere[-1, heads[:, None], rows[None]] = upstream
-            dq, dk, dv = (_finite(t) for t in torch.autograd.grad(out, leaves, everywhere))
+            dq, dk, dv = (all_finite(t) for t in torch.autograd.grad(out, leaves, everywhere))
             found += [dq[-1, heads][:, rows], dk[-1, kv_heads], dv[-1, kv_heads]]
         return found
 
@@ -84,6 +78,14 @@ class SampledAttention:
         return [out.detach(), *grads]
 
 
+def sampled_rows(length: int, count: int) -> torch.Tensor:
+    """Both ends, and the rest at random but always the same; ascending."""
+    if length <= count:
+        return torch.arange(length)
+    inner = torch.randperm(length - 2, generator=torch.Generator().manual_seed(1))[: count - 2] + 1
+    return torch.cat([inner, torch.tensor([0, length - 1])]).sort().values
+
+
 def rounding_kernels(q: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """On a GPU PyTorch's fallback works in float32 throughout; its fused kernel rounds where any fused kernel does."""
     if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -91,12 +93,13 @@ def rounding_kernels(q: torch.Tensor) -> contextlib.AbstractContextManager[None]
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
-def _finite(t: torch.Tensor) -> torch.Tensor:
+def all_finite(t: torch.Tensor) -> torch.Tensor:
     """All of `t`, or nan everywhere if any of it is not finite: what is not sampled must be clean too."""
     return t if bool(torch.isfinite(t).all()) else torch.full_like(t, float("nan"))
 
 
-def _compare(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+def compare(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Error and allowance, in the precision of `theirs`."""
     allowed = 2 * (theirs.double() - exact).abs().max().item()
     allowed += torch.finfo(theirs.dtype).eps * exact.abs().max().item()
     return (ours.double() - exact).abs().max().item(), allowed

@@ -111,12 +111,12 @@ def block_gate(dtype: torch.dtype, head_dim: int) -> None:
     scores(q, k, one, True)
 
 
-def agent(dtype: torch.dtype, head_dim: int, bias: bool) -> None:
-    """256 agents of 4,096 tokens in 8 heads: they gather from a few keys each program, and all rows read them."""
+def agent(dtype: torch.dtype, head_dim: int, bias: bool, agents: int = 256, tokens: int = 4096) -> None:
+    """Agents of tokens in 8 heads: they gather from a few keys each program, and all rows read them."""
     from attn_plugins.ops.agent.triton.launch import attend, attend_backward
 
-    agents, k = (torch.empty(1, 8, n, head_dim, dtype=dtype, device="meta") for n in (256, 4096))
-    for q, kv in ((agents, k), (k, agents)):
+    means, k = (torch.empty(1, n, 8, head_dim, dtype=dtype, device="meta").transpose(1, 2) for n in (agents, tokens))
+    for q, kv in ((means, k), (k, means)):
         rule = torch.empty(1, 8, q.shape[2], kv.shape[2], dtype=dtype, device="meta") if bias else None
         values = q if q is k and not bias else None
         out, lse = attend(q, kv, kv, rule, 0.1, values, 0.075)
@@ -144,6 +144,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "block gate": block_gate,
     "agent": lambda dtype, head_dim: agent(dtype, head_dim, bias=False),
     "agent, biases": lambda dtype, head_dim: agent(dtype, head_dim, bias=True),
+    "agent, odd biases": lambda dtype, head_dim: agent(dtype, head_dim, bias=True, agents=49, tokens=197),
 }
 # Launch -> precision -> head sizes. Float16 compiles as bfloat16 does, so that one size of it is enough.
 TABLE: dict[str, dict[str, tuple[int, ...]]] = {
@@ -156,8 +157,9 @@ TABLE: dict[str, dict[str, tuple[int, ...]]] = {
     "block rows": {"bf16": (64, 128), "fp32": (128,)},
     "block rows, causal": {"bf16": (128,)},
     "block gate": {"bf16": (128,)},
-    "agent": {"bf16": (64, 128), "fp32": (64,)},
-    "agent, biases": {"bf16": (64, 128), "fp32": (64,)},
+    "agent": {"bf16": (40, 64, 80, 128), "fp32": (64, 128)},
+    "agent, biases": {"bf16": (40, 64, 80, 128), "fp32": (64, 128)},
+    "agent, odd biases": {"bf16": (64, 128)},
 }
 
 

@@ -24,6 +24,9 @@ NAMES = [
     "block gate/sm_80/bf16/128",
     "agent, biases/sm_80/bf16/128",
     "agent/sm_100/bf16/64",
+    "agent/sm_120/bf16/80",
+    "agent/sm_90/fp32/128",
+    "agent, odd biases/sm_80/bf16/128",
 ]
 
 

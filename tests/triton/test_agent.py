@@ -7,6 +7,8 @@ pytest.importorskip("triton")
 
 from attn_plugins.ops import agent_attention  # noqa: E402
 from attn_plugins.ops.agent.triton import configs, launch  # noqa: E402
+from attn_plugins.ops.agent.triton.strides import in_rows, strides, unit_of  # noqa: E402
+from attn_plugins.ops.block_sparse.triton.configs import Config  # noqa: E402
 from tests.support.agents import Problem, pytorchs, random_problem  # noqa: E402
 from tests.support.tolerance import allowance, within  # noqa: E402
 
@@ -55,6 +57,22 @@ def test_head_sizes(dim):
     check(problem_of(1, 1, 40, 40, 9, dim, shortcut=0.075, **biases), DTYPES[dim // 8 % 3])
 
 
+@pytest.mark.parametrize(("dim", "unit"), [(40, 8), (36, 4), (48, 16)])
+def test_strides_in_units(dim, unit, small_shares):
+    """Heads inside tokens, as a projection leaves them: what divides the strides of all is what a head size has."""
+    problem = problem_of(3, 3, 40, 40, 9, dim, shortcut=0.075)
+    tensors = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in problem.tensors.items()}
+    assert unit_of(*tensors.values()) == unit
+    check(Problem(tensors, problem.options), torch.float16)
+
+
+def test_a_stride_is_in_units_and_of_one_it_is_none():
+    q = torch.empty(1, 5, 3, 40).transpose(1, 2)
+    assert unit_of(q) == 8 and strides(8, q, None) == [0, 5, 15, 1, 0, 0, 0, 0]
+    assert unit_of(q, torch.empty(2, 3, 5, 41)[..., :40]) == 1
+    assert unit_of(q[:1, :1, :1]) == 16  # nothing lies apart
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("agents", [1, 2, 31, 70])
 def test_numbers_of_agents(agents, dtype):
@@ -73,6 +91,13 @@ def test_a_bias_that_items_heads_or_rows_share_gets_their_gradients_summed(own):
     check(problem_of(2, 1, 33, 20, 5, 16, batch=2, exact_before=1, **biases), torch.float32)
 
 
+@pytest.mark.parametrize("batch", [3, 9])
+def test_items_that_share_a_bias_are_shared_out(batch, small_shares):
+    """As in the trained models, whose bias is one for a whole batch: a program for each of them would wait for few."""
+    biases = {"bias_aggregate": rand(1, 2, 5, 20), "bias_broadcast": rand(1, 2, 33, 5)}
+    check(problem_of(2, 2, 33, 20, 5, 16, batch=batch, **biases), torch.float32)
+
+
 def test_a_bias_may_be_expanded():
     """Strides of 0 along axes that are longer than 1."""
     problem = problem_of(2, 1, 20, 40, 5, 16).to(torch.float32)
@@ -83,10 +108,52 @@ def test_a_bias_may_be_expanded():
     torch.testing.assert_close(*grads)
 
 
+def test_a_bias_alike_for_all_keys():
+    problem = problem_of(2, 1, 33, 70, 9, 16, batch=2)
+    tensors = problem.tensors | {"bias_aggregate": rand(2, 2, 9, 1), "bias_broadcast": rand(1, 2, 33, 1)}
+    check(Problem(tensors, {}), torch.float16, gradients=False)  # that of such a bias is 0
+
+
+@pytest.mark.parametrize("first", [3, 16, None], ids=["at an odd place", "at an even place", "transposed"])
+def test_a_bias_may_lie_as_it_likes(first):
+    problem = problem_of(2, 1, 33, 70, 9, 16, batch=2).to(torch.float16)
+    bias = rand(2, 2, 9, 70).half()
+    if first is None:
+        other = bias.mT.contiguous().mT
+    else:
+        other = torch.full((2, 2, 9, 96), float("nan"), dtype=torch.float16)[..., first : first + 70]
+        other.copy_(bias)
+    assert other.stride() != bias.stride()
+    found = []
+    for one in (bias, other):
+        one = one.detach().requires_grad_()
+        out = problem.call(bias_aggregate=one, backend="triton")
+        found.append((out, torch.autograd.grad(out.float().square().sum(), one)[0]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_bias_is_read_as_it_lies_where_its_rows_are_even():
+    bias = torch.randn(1, 3, 20, 64)
+    for even in (bias, bias[:, :, 5:14], bias[..., 16:32], bias[..., 3:4], None):
+        assert in_rows(even) is even
+    for odd in (torch.randn(1, 3, 9, 61), torch.randn(1, 3, 9, 72)[..., 1:65], torch.randn(1, 3, 64, 9).mT):
+        rows = in_rows(odd)
+        assert rows.shape[3] == rows.stride(2) == 64 and rows.stride(3) == 1 and rows.is_contiguous()
+        assert torch.equal(rows[..., : odd.shape[3]], odd)
+
+
+def test_a_bias_that_was_expanded_is_copied_once():
+    rows = in_rows(torch.randn(1, 3, 1, 61).expand(8, 3, 9, 61))
+    assert rows.shape == (1, 3, 1, 64)
+    assert in_rows(torch.randn(1, 3, 9, 1).expand(8, 3, 9, 64)).shape == (1, 3, 9, 1)
+
+
 def test_an_empty_share_counts_nothing(monkeypatch):
-    """70 keys in 7 shares of 32: four have none."""
+    """70 keys in 7 shares of 32: four have none. Nor have four of 7 shares of the three items that have one bias."""
     monkeypatch.setattr(configs, "split_count", lambda *_: 7)
-    check(problem_of(1, 1, 20, 70, 5, 16), torch.float32)
+    check(problem_of(1, 1, 20, 70, 5, 16, batch=3), torch.float32)
+    biases = {"bias_aggregate": rand(1, 1, 5, 70), "bias_broadcast": rand(1, 1, 20, 5)}
+    check(problem_of(1, 1, 20, 70, 5, 16, batch=3, **biases), torch.float32)
 
 
 def test_keys_that_a_bias_hides():
@@ -137,6 +204,32 @@ def test_long_axes_are_split_where_blocks_are_few():
     assert configs.split_count(1, 300, 64) == 1 and configs.split_count(1, 1024, 64) == 4
 
 
+@pytest.mark.parametrize(
+    ("kernel", "queries", "keys", "width", "expected"),
+    [
+        ("attend", 4096, 256, 64, (128, 64, 8)),
+        ("attend", 49, 197, 64, (64, 64, 4)),  # half the rows, half the warps
+        ("attend", 49, 197, 128, (128, 64, 8)),  # 64 rows of 128 would be held by every warp
+        ("attend", 25, 3136, 128, (128, 64, 8)),
+        ("attend", 25, 3136, 64, (32, 64, 4)),
+        ("attend", 9, 3136, 128, (16, 64, 4)),
+        ("attend", 4096, 9, 64, (128, 16, 8)),
+        ("grad_keys", 4096, 49, 64, (128, 64, 8)),
+    ],
+)
+def test_tiles_are_no_longer_than_what_they_go_over(kernel, queries, keys, width, expected):
+    found = configs.fit(kernel, Config(128, 64, 8, 2), queries, keys, width)
+    assert (found.block_m, found.block_n, found.warps, found.stages) == (*expected, 2)
+
+
+def test_a_padded_head_size_has_a_config_of_its_own_where_the_row_would_spill():
+    whole, padded = (configs.choose("attend", "sm_120", torch.bfloat16, dim) for dim in (128, 80))
+    assert whole != padded and (whole.block_m, whole.block_n) == (padded.block_m, padded.block_n)
+    assert configs.choose("attend", "sm_90", torch.bfloat16, 80) == configs.choose(
+        "attend", "sm_90", torch.bfloat16, 128
+    )
+
+
 def test_the_host_reads_no_value(monkeypatch):
     """Launches from meta tensors, which have none: grids and buffers come from shapes."""
     grids = {}
@@ -150,7 +243,7 @@ def test_the_host_reads_no_value(monkeypatch):
     launch.attend_backward(out, agents, k, k, bias, out, lse, 0.1, True)
     assert grids == {
         "attend_kernel": [(16, 16)], "combine_shares": [(2048,)], "grad_rows_kernel": [(16, 1)],
-        "grad_keys_kernel": [(256, 1)], "grad_bias_kernel": [(32, 64)],
+        "grad_keys_kernel": [(256, 1)], "grad_bias_kernel": [(32, 64, 1)],
     }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 
@@ -9,7 +11,8 @@ from attn_plugins.ops.agent.steps import Gradients
 from attn_plugins.ops.agent.triton import configs
 from attn_plugins.ops.agent.triton.backward import grad_bias_kernel, grad_keys_kernel, grad_rows_kernel
 from attn_plugins.ops.agent.triton.forward import attend_kernel
-from attn_plugins.ops.block_sparse.triton.configs import Config, fitted
+from attn_plugins.ops.agent.triton.strides import in_rows, room, share_strides, spread, strides, unit_of
+from attn_plugins.ops.block_sparse.triton.configs import Config
 from attn_plugins.ops.block_sparse.triton.launch import tile_constants, tile_width
 from attn_plugins.ops.decode.triton.kernels import combine_shares
 from attn_plugins.ops.decode.triton.launch import SHARES
@@ -38,13 +41,14 @@ def attend(
     if splits > 1:
         partial = _shares(q, splits)
         partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
+    bias = in_rows(bias)
+    unit = unit_of(q, k, v, values, partial)
     with on_device(q):
         attend_kernel[programs, splits](
             q, k, v, bias, values, partial, partial_lse,
-            *q.stride(), *k.stride(), *v.stride(), *_spread(bias), *_strides(values),
-            *_share_strides(partial),
+            *strides(unit, q, k, v), *spread(bias), *strides(unit, values), *share_strides(unit, partial),
             heads, heads // k.shape[1], _group(values, heads), queries, keys, splits, scale, shortcut,
-            **tile_constants(q.shape[-1], config), SPLIT=splits > 1,
+            **tile_constants(head_dim, config), SPLIT=splits > 1, UNIT=unit,
         )  # fmt: skip
         if splits > 1:
             combine_shares[batch * heads * queries,](
@@ -67,54 +71,51 @@ def attend_backward(
     values: torch.Tensor | None = None,
     shortcut: float = 0.0,
 ) -> Gradients:
-    """As `steps.Backend` says. The longer axis is split where the blocks of the other are too few.
-
-    The kernels that read a bias behind a mask are compiled for numbers of keys that 16 divides, and for others: only
-    where the mask ends at such a number is a bias loaded 16 bytes at a time.
-    """
-    batch, heads, queries, _ = q.shape
+    """As `steps.Backend` says. The longer axis is split where the blocks of the other are too few."""
+    batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride(), *_spread(bias))
+    rule = in_rows(bias)
     with on_device(q):
         config = _config_of("grad_rows", q, queries, keys)
         programs = triton.cdiv(queries, config.block_m) * batch * heads
         splits = 1 if wants_bias else configs.split_count(programs, keys, config.block_n)
         grad_q = _shares(q, splits)
+        unit = unit_of(grad, q, k, v, values, out, grad_q)
         grad_rows_kernel[programs, splits](
-            grad, q, k, v, bias, values, out, lse, delta, grad_q,
-            *strides, *_strides(values), *out.stride(), *_share_strides(grad_q),
+            grad, q, k, v, rule, values, out, lse, delta, grad_q,
+            *strides(unit, grad, q, k, v), *spread(rule), *strides(unit, values, out),
+            *share_strides(unit, grad_q),
             heads, heads // kv_heads, _group(values, heads), queries, keys, splits, scale, shortcut,
-            **tile_constants(q.shape[-1], config), EXACT=wants_bias,
+            **tile_constants(head_dim, config), EXACT=wants_bias, UNIT=unit,
         )  # fmt: skip
         config = _config_of("grad_keys", q, queries, keys)
         programs = triton.cdiv(keys, config.block_n) * batch * kv_heads
         splits = configs.split_count(programs, queries, config.block_m)
         grad_k, grad_v = _shares(k, splits), _shares(v, splits)
+        unit = unit_of(grad, q, k, v, grad_k, grad_v)
         grad_keys_kernel[programs, splits](
-            grad, q, k, v, bias, lse, delta, grad_k, grad_v,
-            *strides, *_share_strides(grad_k), *_share_strides(grad_v),
-            kv_heads, heads // kv_heads, queries, keys, splits, scale, **tile_constants(q.shape[-1], config),
+            grad, q, k, v, rule, lse, delta, grad_k, grad_v,
+            *strides(unit, grad, q, k, v), *spread(rule), *share_strides(unit, grad_k, grad_v),
+            kv_heads, heads // kv_heads, queries, keys, splits, scale, **tile_constants(head_dim, config), UNIT=unit,
         )  # fmt: skip
-    grad_bias = None
-    if wants_bias and bias is not None:
-        grad_bias = _grad_bias(grad, q, k, v, bias, lse, delta, scale, strides)
+        grad_bias = None
+        if wants_bias and bias is not None:
+            items, own_heads = bias.shape[:2]
+            config = _config_of("grad_bias", q, queries, keys)
+            unit = unit_of(grad, q, k, v)
+            grid = triton.cdiv(queries, config.block_m) * items * own_heads, triton.cdiv(keys, config.block_n)
+            shares = configs.split_count(math.prod(grid), (batch // items) * (heads // own_heads), 1)
+            whole = torch.empty(shares, items, own_heads, queries, room(keys), dtype=torch.float32, device=q.device)
+            grad_bias_kernel[(*grid, shares)](
+                grad, q, k, v, rule, lse, delta, whole, *strides(unit, grad, q, k, v), *spread(rule),
+                heads, heads // kv_heads, queries, keys, items, own_heads, batch // items, heads // own_heads, scale,
+                **tile_constants(head_dim, config), UNIT=unit,
+            )  # fmt: skip
+            summed = whole[0] if shares == 1 else whole.sum(0)
+            grad_bias = summed[..., :keys].sum_to_size(bias.shape).to(bias.dtype)
     return _summed(grad_q, q), _summed(grad_k, k), _summed(grad_v, v), grad_bias
-
-
-def _grad_bias(grad, q, k, v, bias, lse, delta, scale, strides) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    batch, heads, queries, _ = q.shape
-    keys, (items, own_heads) = k.shape[2], bias.shape[:2]
-    whole = torch.empty(items, own_heads, queries, keys, dtype=torch.float32, device=q.device)
-    config = _config_of("grad_bias", q, queries, keys)
-    with on_device(q):
-        grad_bias_kernel[triton.cdiv(queries, config.block_m) * items * own_heads, triton.cdiv(keys, config.block_n)](
-            grad, q, k, v, bias, lse, delta, whole, *strides,
-            heads, heads // k.shape[1], queries, keys, own_heads, batch // items, heads // own_heads, scale,
-            **tile_constants(q.shape[-1], config),
-        )  # fmt: skip
-    return whole.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _shares(like: torch.Tensor, splits: int) -> torch.Tensor:
@@ -124,31 +125,14 @@ def _shares(like: torch.Tensor, splits: int) -> torch.Tensor:
     return torch.empty(*like.shape[:3], splits, like.shape[3], dtype=torch.float32, device=like.device)
 
 
-def _share_strides(t: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """Of batch, head, token, channel, share."""
-    b, h, n, split, d = t.stride()
-    return b, h, n, d, split
-
-
 def _summed(shares: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return shares[..., 0, :] if shares.shape[3] == 1 else shares.sum(3).to(like.dtype)
 
 
 def _config_of(kernel: str, q: torch.Tensor, queries: int, keys: int) -> Config:
-    return fitted(configs.choose(kernel, triton_target() or "", q.dtype, q.shape[-1]), queries, keys)
-
-
-def _spread(bias: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """A bias's strides, 0 along axes that it broadcasts over."""
-    if bias is None:
-        return 0, 0, 0, 0
-    steps = (step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride(), strict=True))
-    return tuple(steps)  # type: ignore[return-value]
+    config = configs.choose(kernel, triton_target() or "", q.dtype, q.shape[-1])
+    return configs.fit(kernel, config, queries, keys, tile_width(q.shape[-1]))
 
 
 def _group(values: torch.Tensor | None, heads: int) -> int:
     return 1 if values is None else heads // values.shape[1]
-
-
-def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if t is None else t.stride()
