@@ -23,7 +23,7 @@ from attn_plugins.patching import patch, patched, unpatch
 from attn_plugins.pipelines.environment import environment
 from attn_plugins.pipelines.stopwatch import now
 from attn_plugins.pipelines.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
-from attn_plugins.training.classifying import held_out_hits, logits, small_vit, train_classifier
+from attn_plugins.training.classifying import held_out_hits, logits, muon, small_vit, train_classifier
 from attn_plugins.training.loop import LoopSettings
 from attn_plugins.training.pictures import PictureData
 from attn_plugins.training.trainable import make_trainable
@@ -40,10 +40,11 @@ def small_dense_model(
     from transformers import ViTForImageClassification
 
     if not (folder / "config.json").is_file():
-        settings = LoopSettings(steps=steps, batch=16, lr=1e-3, warmup=50, save_every=250, seed=seed)
+        settings = LoopSettings(steps=steps, batch=16, lr=2e-3, warmup=50, save_every=250, seed=seed)
         model = small_vit(data, size, seed).to(accelerator.device)
         make_trainable(model)
-        train_classifier(accelerator, model, data, settings, folder / "checkpoint", resume=True, title="dense ViT")
+        parts = accelerator, model, data, settings, folder / "checkpoint"
+        train_classifier(*parts, resume=True, title="dense ViT", optimizers=muon)
         if accelerator.is_main_process:
             model.save_pretrained(folder)
         accelerator.wait_for_everyone()

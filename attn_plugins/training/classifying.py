@@ -16,6 +16,7 @@ SMALL = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "patch_size": 16,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+PLACES = 0.1  # size of the first position embeddings
 
 
 def small_vit(data: PictureData, size: int, seed: int = 0) -> Any:
@@ -23,11 +24,31 @@ def small_vit(data: PictureData, size: int, seed: int = 0) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
     names = dict(enumerate(data.classes))
+    labels = {name: label for label, name in names.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViTForImageClassification(
-            ViTConfig(**SMALL, image_size=size, id2label=names, label2id={name: label for label, name in names.items()})
-        )
+        model = ViTForImageClassification(ViTConfig(**SMALL, image_size=size, id2label=names, label2id=labels))
+    side, width = size // SMALL["patch_size"], SMALL["hidden_size"]
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings[0, 1:] = PLACES * waves(side, width)
+    return model
+
+
+def waves(side: int, width: int) -> torch.Tensor:
+    """Rows and columns of a square of patches as sines and cosines, (side * side, width): a model that begins with them
+    need not find out first which patches are neighbours."""
+    rates = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
+    axes = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
+    angles = [axis.flatten()[:, None] * rates for axis in axes]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+
+
+def muon(model: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """For a small model from the start: Muon for the matrices of its layers, AdamW for the rest."""
+    matrices = [part for part in model.vit.layers.parameters() if part.ndim == 2]
+    rest = [part for part in model.parameters() if all(part is not matrix for matrix in matrices)]
+    first = torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    return [first, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
 def logits(model: Any, pixels: torch.Tensor) -> torch.Tensor:

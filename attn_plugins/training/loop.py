@@ -13,6 +13,7 @@ from attn_plugins.training import checkpoints
 from attn_plugins.training.trainable import trained
 
 Loss = Callable[[Any, int], torch.Tensor]  # (model, step) -> a scalar: this process' share of the step's batch
+Optimizers = Callable[[Any, float], list[torch.optim.Optimizer]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class LoopSettings:
         return self.lr * min(1.0, (step + 1) / self.warmup, 2 * (1 - step / self.steps))
 
 
+def adamw(model: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """What `train` takes unless it is told."""
+    return [torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
 def train(
     accelerator: Any,
     model: Any,
@@ -58,6 +64,7 @@ def train(
     run: Mapping[str, Any] | None = None,
     resume: bool = False,
     title: str = "training",
+    optimizers: Optimizers = adamw,
 ) -> list[float]:
     """Train what of `model` has gradients on, in place; checkpoints go to `folder`.
 
@@ -67,6 +74,7 @@ def train(
         run: what else makes this run (data, attention, ...): it may not differ in a run that is resumed.
         resume: take up the checkpoint in `folder`, if there is one; to the bit what it had been without a stop.
         title: of the progress bar.
+        optimizers: makes those of the model, of a learning rate; all follow the settings' schedule.
 
     Returns:
         The loss of every step, before that step, mean over processes.
@@ -74,19 +82,19 @@ def train(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     identity = {**dataclasses.asdict(settings), "processes": accelerator.num_processes, **(run or {})}
-    optimizer = torch.optim.AdamW(trained(model), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, *used = accelerator.prepare(model, *optimizers(model, settings.lr))
     with checkpoints.trained_only(accelerator):
         losses = checkpoints.load(accelerator, folder, identity) if resume else []
         bar = tqdm(total=settings.steps, initial=len(losses), desc=title, disable=not accelerator.is_main_process)
         for step in range(len(losses), settings.steps):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in used for group in optimizer.param_groups):
                 group["lr"] = settings.learning_rate(step)
             found = loss(wrapped, step)
             accelerator.backward(found)
             accelerator.clip_grad_norm_(trained(model), settings.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in used:
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(accelerator.reduce(found.detach(), "mean").item())
             bar.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
             bar.update()
