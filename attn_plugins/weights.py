@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from attn_plugins import recipe
-from attn_plugins.method import Method, MethodConfig
+from attn_plugins.method import Method, MethodConfig, SiteShape
 from attn_plugins.patches.family import Family, Site
 from attn_plugins.record import Patched
 
@@ -41,7 +41,7 @@ def of_sites(
         if shape is None or isinstance(shape, str):
             why = shape or f"{family.title} does not tell the sizes of its attention layers"
             raise ValueError(f"{method.name!r} brings weights for each layer: {why}")
-        made[site.name] = functools.partial(method.weights, config, shape, site.index)
+        made[site.name] = functools.partial(_made, method, config, shape, site.index)
     return made
 
 
@@ -173,6 +173,13 @@ def _paired(layers: list[str], saved: list[str]) -> dict[str, str]:
 
 def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _made(method: Method, config: MethodConfig, shape: SiteShape, index: int) -> nn.Module:
+    found = method.weights(config, shape, index)
+    if found is None:
+        raise TypeError(f"method {method.name!r} is of kind 'module' and made no weights: Method.weights must")
+    return found
 
 
 def _such_as(names: list[str]) -> str:

@@ -153,7 +153,7 @@ class AgentTuning:
             tokens = (size // (side if isinstance(side, int) else side[0])) ** 2
             batch = max(1, TOKENS_AT_ONCE // tokens)
             pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-            times = {name: [] for name in ("dense", "agents")}
+            times: dict[str, list[float]] = {"dense": [], "agents": []}
             for _ in range(1 + ROUNDS):
                 for name, one in (("dense", dense), ("agents", agents)):
                     times[name].append(_seconds(one, pixels.to(self.accelerator.device)))

@@ -24,7 +24,8 @@ FLOORS = [
     "method runtime schedule",
     "methods | patches",
     "presets registry",
-    "patching targets selection handle measured_call measures measuring pretrained recipe record report serving weights",
+    "patching targets selection handle measured_call measures measuring pretrained recipe record report serving "
+    "weights",
     "__init__",
     "pipelines",
     "cli",

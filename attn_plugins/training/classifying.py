@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from attn_plugins.training.loop import LoopSettings, train
 from attn_plugins.training.pictures import PictureData, picture_batch
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "patch_size": 16,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip

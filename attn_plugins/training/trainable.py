@@ -47,8 +47,7 @@ def make_trainable(
         for parameter in trained(model):  # the rest may be in half precision, what is trained may not
             parameter.data = parameter.data.float()
     if checkpointing:
-        ours, theirs = (getattr(model, name, None) for name in CHECKPOINTING)
-        (ours or theirs)()
+        getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

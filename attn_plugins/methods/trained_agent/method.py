@@ -124,8 +124,8 @@ class TrainedAgent(Method):
         )  # fmt: skip
         if config.shortcut and made.dwc is not None:
             with torch.no_grad():
-                middle = (config.kernel // 2,) * len(shape.grid)
-                made.dwc.weight[(slice(None), 0, *middle)] = config.shortcut
+                taps = made.dwc.weight.flatten(2)  # of an odd kernel, whose middle is the middle of the row
+                taps[:, 0, taps.shape[2] // 2] = config.shortcut
         return made
 
 

@@ -90,7 +90,7 @@ class AgentAttention(AgentWeights):
                 if name.endswith("_bias"):
                     nn.init.trunc_normal_(parameter, std=std)
             if self.dwc is not None:
-                self.dwc.reset_parameters()  # type: ignore[operator]
+                self.dwc.reset_parameters()
 
     def forward(  # type: ignore[override]
         self,
@@ -120,8 +120,8 @@ class AgentAttention(AgentWeights):
         if self.window is not None:
             cells = self.window
             q, k, v = (_cut(t, grid, cells) for t in (q, k, v))
-        heads = (t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        found = super().forward(*heads, cells, key_grid=key_grid, **options)
+        q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        found = super().forward(q, k, v, cells, key_grid=key_grid, **options)
         out = found.transpose(1, 2).flatten(2)
         if self.window is not None:
             out = _joined(out, grid, cells)

@@ -45,6 +45,10 @@ class AgentWeights(nn.Module):
         ValueError: sizes that make no layer; the message says which.
     """
 
+    an_bias: nn.Parameter
+    na_bias: nn.Parameter
+    ca_bias: nn.Parameter
+
     def __init__(
         self,
         heads: int,
@@ -75,7 +79,7 @@ class AgentWeights(nn.Module):
             if own_tokens:
                 self._add("ac_bias", 1, heads, count, own_tokens)
                 self._add("ca_bias", 1, heads, own_tokens, count)
-        self.dwc: nn.Module | None = None
+        self.dwc: nn.Conv1d | nn.Conv2d | nn.Conv3d | None = None
         if kernel:
             width = heads * head_dim
             # skip_init: making a layer must not draw from the global random state
@@ -157,6 +161,7 @@ class AgentWeights(nn.Module):
     def _convolution(self, v: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.dwc is None:
             return None, None
+        assert self.dwc.bias is not None  # it was made with one
         return self.dwc.weight.to(v.dtype), self.dwc.bias.to(v.dtype)
 
     def _enlarged(self, v: torch.Tensor, key_grid: tuple[int, ...], grid: tuple[int, ...]) -> torch.Tensor:
