@@ -30,7 +30,7 @@ def test_test_digits_are_never_trained_on(monkeypatch):
     images, classes = data.digit_images()
     blank = images.clone()
     blank[: data.TEST_FROM] = 0
-    monkeypatch.setattr(data, "_digits", lambda: (blank, classes))
+    monkeypatch.setattr(data, "digit_images", lambda: (blank, classes))
     assert data.moving_digits(64, 1, generator=seeded())[0].max() == -1
     assert (data.moving_digits(64, 1, generator=seeded(), split="test")[0].amax(dim=(1, 2, 3, 4)) > 0).all()
 

@@ -1,5 +1,7 @@
 """MoBA: its choice against the paper's words, and language models in prefill and behind a cache."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,9 +105,10 @@ def test_dense_where_everything_is_seen(llama):
 
     ids = torch.randint(3, 64, (1, 23), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        dense = llama(ids).logits
+        exact = copy.deepcopy(llama).double()(ids).logits
+        allowed = 2 * (llama(ids).logits - exact).abs().max()
         attn_plugins.patch(llama, "moba")
-        torch.testing.assert_close(llama(ids).logits, dense)
+        assert (llama(ids).logits - exact).abs().max() <= allowed
         first = llama(ids[:, :20], use_cache=True)
         behind = llama(ids[:, 20:], past_key_values=first.past_key_values).logits  # a chunk behind a cache
-        torch.testing.assert_close(behind, dense[:, 20:])
+        assert (behind - exact[:, 20:]).abs().max() <= allowed
