@@ -72,11 +72,11 @@ def attach(root: nn.Module, patched: Patched, made: Mapping[str, Make]) -> None:
 
 
 def named_weights(root: nn.Module, patched: Patched) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names as in the model's state dict."""
+    """Names as in the model's state dict, PEFT's wrapper around them left out."""
     for layer in patched.layers:
         weights = layer.weights_of(root.get_submodule(layer.name))
         if weights is not None:
-            for name, parameter in weights.named_parameters():
+            for name, parameter in _unwrapped(weights).named_parameters():
                 yield f"{layer.name}.{layer.weights}.{name}", parameter
 
 
@@ -142,7 +142,7 @@ def load(root: nn.Module, patched: Patched, folder: str | Path) -> None:
         )
     for layer in wanted:
         weights = root.get_submodule(f"{layer}.{patched.method}")
-        weights.load_state_dict(saved[there[layer]])
+        _unwrapped(weights).load_state_dict(saved[there[layer]])
 
 
 def _tensors(folder: Path, method: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -173,6 +173,15 @@ def _paired(layers: list[str], saved: list[str]) -> dict[str, str]:
 
 def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _unwrapped(weights: nn.Module) -> nn.Module:
+    """The weights that run, of PEFT's `modules_to_save`: its wrapper keeps those from before beside them."""
+    copies = getattr(weights, "modules_to_save", None)
+    if copies is None or not hasattr(weights, "original_module"):
+        return weights
+    active = getattr(weights, "active_adapters", None) or [weights.active_adapter]
+    return next((copies[name] for name in active if name in copies), weights.original_module)  # type: ignore[return-value]
 
 
 def _made(method: Method, config: MethodConfig, shape: SiteShape, index: int) -> nn.Module:

@@ -276,10 +276,11 @@ def test_the_new_weights_alone_can_be_trained(autocast: bool) -> None:
     assert all(torch.equal(t, frozen[name]) for name, t in model.state_dict().items() if name in frozen)
 
 
-def test_peft_trains_a_lora_beside_them() -> None:
+def test_peft_trains_a_lora_beside_them(tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
     model, given = build("ViT"), inputs("ViT", 2)
-    trained(model)
+    handle = trained(model)
+    names_before = [name for name, _ in handle.named_weights()]
     want = features("ViT", model, given)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["trained_agent"])
     wrapped = peft.get_peft_model(model, config)
@@ -291,6 +292,18 @@ def test_peft_trains_a_lora_beside_them() -> None:
         name for name, p in wrapped.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()
     ]
     assert any("trained_agent.modules_to_save.default.an_bias" in name for name in reached)
+    # what is saved and loaded is what runs, under the names that it has without PEFT
+    assert [name for name, _ in handle.named_weights()] == names_before
+    dict(handle.named_weights())[names_before[0]].data.mul_(2)
+    changed = features("ViT", wrapped, given)
+    assert not torch.allclose(changed, want, atol=1e-4)
+    handle.save_weights(tmp_path)
+    other = build("ViT")
+    attn_plugins.load(other, tmp_path)
+    torch.testing.assert_close(features("ViT", other, given), changed)
+    dict(handle.named_weights())[names_before[0]].data.zero_()
+    handle.load_weights(tmp_path)
+    torch.testing.assert_close(features("ViT", wrapped, given), changed)
 
 
 def test_compiles_whole() -> None:
