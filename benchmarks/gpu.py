@@ -1,7 +1,7 @@
 """Check, then measure, block-sparse attention on this GPU beside dense attention, compiled flex attention and NATTEN.
 
     python benchmarks/gpu.py                   everything: a CSV and a Markdown table under benchmarks/results/
-    python benchmarks/gpu.py --quick           four problems, one head size, within five minutes
+    python benchmarks/gpu.py --quick           the problems marked so, one head size, within five minutes
     python benchmarks/gpu.py --only hunyuan wan   cases whose names begin so; their rows replace those in the file
     python benchmarks/gpu.py --sweep           which kernel configuration is fastest here; writes no results
     python benchmarks/gpu.py --list            names of the cases
