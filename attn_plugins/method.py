@@ -90,13 +90,11 @@ class AttentionCall:
 class SiteShape:
     """What the weights of a method are made for: a layer's sizes.
 
-    width: of its input. grid: tokens per axis at the size that the model is made for. own_tokens: those before the grid
-    (class, distillation, registers).
+    grid: tokens per axis at the size that the model is made for. own_tokens: those before the grid (class,
+    distillation, registers).
     """
 
-    width: int
     heads: int
-    kv_heads: int
     head_dim: int
     grid: tuple[int, ...]
     own_tokens: int = 0

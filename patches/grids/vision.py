@@ -44,8 +44,7 @@ def shape(root: Any, attention: Any) -> SiteShape | str:
     if isinstance(cut, nn.Conv3d):
         sizes = (getattr(config, "num_frames", None) or config.frames_per_clip, *sizes)
     heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
-    width = config.hidden_size
-    return SiteShape(width, heads, heads, width // heads, _cells(cut, sizes), _own_tokens(entries[0]))
+    return SiteShape(heads, config.hidden_size // heads, _cells(cut, sizes), _own_tokens(entries[0]))
 
 
 def _cut(embeddings: Any) -> Any:

@@ -10,6 +10,7 @@ from attn_plugins.ops.agent import pool_tokens
 from benchmarks.gpu_cases.agent import CASES, AgentCase
 from benchmarks.gpu_suite.case import Setting
 from benchmarks.gpu_suite.measure import timed_call
+from tests.support.spoiled import Spoiled
 
 FREE = next(case for case in CASES if case.name == "agent-4k").shrunk()
 TRAINED = next(case for case in CASES if case.name == "agent-deit-197").shrunk()
@@ -66,20 +67,6 @@ def detached(q, *rest):
 
 def shifted(q, grid, to, before):
     return pool_tokens(q.roll(1, 2), grid, to, before)
-
-
-class Spoiled(torch.autograd.Function):
-    """The identity, with the gradient of one token of the last head changed."""
-
-    @staticmethod
-    def forward(ctx, t):
-        return t.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        grad[-1, -1, 77] *= 1.02
-        return grad
 
 
 def spoiled(which):

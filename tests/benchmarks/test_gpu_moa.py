@@ -10,6 +10,7 @@ from benchmarks.gpu_cases.moa_decoding import Replayed
 from benchmarks.gpu_cases.moa_definition import positions_by_slot
 from benchmarks.gpu_suite.case import Setting
 from benchmarks.gpu_suite.measure import timed_call
+from tests.support.spoiled import Spoiled
 
 
 def small(cases, name):
@@ -43,20 +44,6 @@ def spans(case, changed=lambda spans: spans, **options):
         return span_attention(q, k, v, **{"spans": changed(list(case.spans)), "sink": case.sink} | options)
 
     return run
-
-
-class Spoiled(torch.autograd.Function):
-    """The identity, with the gradient of one token or slot changed."""
-
-    @staticmethod
-    def forward(ctx, t):
-        return t.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        grad[(-1,) * (grad.dim() - 2) + (77,)] *= 1.02
-        return grad
 
 
 def spoiled(run, which):

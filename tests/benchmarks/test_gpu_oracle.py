@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from benchmarks.gpu_cases.window_rule import WindowRule
 from benchmarks.gpu_suite.case import Verdict
 from benchmarks.gpu_suite.oracle import SampledAttention
+from tests.support.spoiled import Spoiled
 
 RULE = WindowRule((300,), (40,), (1,), 5)
 
@@ -38,20 +39,6 @@ def test_both_ends_are_among_the_rows():
     rows = SampledAttention(leaves(), RULE.mask_rows).rows
     assert len(rows.unique()) == 128 and {0, RULE.length - 1} <= set(rows.tolist())
     assert torch.equal(rows, SampledAttention(leaves(), RULE.mask_rows).rows)
-
-
-class Spoiled(torch.autograd.Function):
-    """The identity, with one gradient changed."""
-
-    @staticmethod
-    def forward(ctx, t):
-        return t.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        grad[-1, -1, 77] *= 1.02  # of one token of one head
-        return grad
 
 
 def wrong_mask(q, k, v):

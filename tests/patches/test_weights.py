@@ -318,7 +318,7 @@ def test_compiles_whole() -> None:
         )
 
 
-def test_a_mask_or_lost_weights_leave_a_call_dense_with_one_warning() -> None:
+def test_lost_weights_leave_a_call_dense_with_one_warning() -> None:
     model, given = build("ViT"), inputs("ViT", 1)
     dense = features("ViT", model, given)
     patch(model)

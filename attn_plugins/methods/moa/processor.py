@@ -150,14 +150,7 @@ class MoAProcessor(Processor):
 
     def density(self, sequence: Sequence) -> float:
         """Share of the dense causal pairs of a prefill, mean over the heads."""
-        n = sequence.length
-        heads = len(self.span_rule.alphas)
-        spans = self.span_rule.spans(n, heads)
-        seen = 0.0
-        for span in spans:
-            kept = min(span + self.span_rule.sink, n)
-            seen += kept * (2 * n + 1 - kept) / (n * (n + 1))
-        return seen / heads
+        return self.span_rule.pair_fraction(sequence.length, len(self.span_rule.alphas))
 
 
 def _own(call: AttentionCall, cache: Any) -> tuple[torch.Tensor | int, torch.Tensor | None]:

@@ -49,10 +49,7 @@ class LayerCache:
 
     def pairs(self, n: int) -> float:
         """Share of a prefill's causal pairs that are computed, by the spans and sinks alone."""
-        if self.rule is None:
-            return 1.0
-        seen = [min(span + self.rule.sink, n) for span in self.rule.spans(n, self.heads)]
-        return sum(kept * (2 * n + 1 - kept) for kept in seen) / (len(seen) * n * (n + 1))
+        return 1.0 if self.rule is None else self.rule.pair_fraction(n, self.heads)
 
 
 def report(layers: list[LayerCache], n: int, batch: int, itemsize: int) -> str:

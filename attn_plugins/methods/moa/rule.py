@@ -35,6 +35,11 @@ class LayerRule:
         spans = _per_head if torch.compiler.is_compiling() else _remembered  # a graph's constants need no memory
         return spans(self, max(n, self.length), heads, first, among or heads)
 
+    def pair_fraction(self, n: int, heads: int) -> float:
+        """Share of a prefill's causal pairs that are computed, mean over `heads` query heads: as `SpanPlan`'s."""
+        seen = (min(span + self.sink, n) for span in self.spans(n, heads))
+        return sum(kept * (2 * n + 1 - kept) for kept in seen) / (heads * n * (n + 1))
+
     def to_options(self) -> dict[str, Any]:
         """As reports show it: the range of what the heads keep."""
         ends = [(min(values), max(values)) for values in (self.alphas, self.betas)]
