@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 
-from attn_plugins.ops.decode.rings import Rings
+from attn_plugins.ops.decode.rings import BLOCK, Rings
 from attn_plugins.patches.checkpointing import Weakly
 from attn_plugins.patches.pending import STRAY, Pending
 from attn_plugins.patches.tensor_parallel import share_of_heads
@@ -136,7 +136,8 @@ class RingLayer(CacheLayerMixin):
         if length > self.length:
             self.reserve(max(length, self.length + self.length // 2))
         if length > self.capacity:
-            self.capacity = length + max(SLACK, length // 8)
+            room = length + max(SLACK, length // 8) + self.rule.sink
+            self.capacity = -(-room // BLOCK) * BLOCK - self.rule.sink  # every ring begins at a whole block
             self._resize()
 
     def _resize(self) -> None:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from attn_plugins.ops import decode_attention
 from attn_plugins.ops.block_sparse.reference import masked_attention
-from attn_plugins.ops.decode import cpu
+from attn_plugins.ops.block_sparse.tile_attention import attend
+from attn_plugins.ops.decode import cpu, tiles
 from tests.ops.test_memory import LiveBytes, nbytes
 from tests.support.decoding import Problem, random_problem
 from tests.support.tolerance import within
@@ -61,6 +62,63 @@ def test_more_threads_cut_the_keys(seed, threads, monkeypatch):
     check(random_problem(seed))
 
 
+@pytest.fixture
+def in_tiles(monkeypatch):
+    """Tiles of 4 tokens, whatever they cost; gives the sizes of the calls: (tiles, tokens of each)."""
+    calls = []
+    monkeypatch.setattr(tiles, "TILES", {4: 0.0})
+    monkeypatch.setattr(tiles, "COPIED", 0)
+    monkeypatch.setattr(tiles, "CALL_BYTES", -1)
+    monkeypatch.setattr(cpu, "FEW_PARTS", 0)
+    monkeypatch.setattr(tiles, "attend", lambda *t, attend=attend: calls.append(tuple(t[1].shape[1:3])) or attend(*t))
+    cpu._plan_of.cache_clear()
+    yield calls
+    cpu._plan_of.cache_clear()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tiles_are_as_good_as_parts(seed, in_tiles):
+    problem = random_problem(seed)
+    check(problem)
+    hidden = problem.options.get("key_positions") is not None and (problem.options["key_positions"] < 0).any()
+    assert in_tiles or hidden or not problem.mask().any()
+
+
+def test_tiles_leave_out_what_is_no_heads(in_tiles):
+    """Between the ranges stands NaN; a head has no range; what is left of a range at its ends takes a second call."""
+    k = torch.randn(2, 64, 8, dtype=torch.float64)
+    v, q = torch.randn_like(k), torch.randn(2, 6, 2, 8, dtype=torch.float64)
+    ranges = torch.tensor([[[[4, 24]], [[9, 9]], [[29, 46]]]])
+    kept = torch.zeros(64, dtype=torch.bool)
+    kept[4:24] = kept[29:46] = True
+    k[:, ~kept] = v[:, ~kept] = float("nan")
+    out = decode_attention(q, k, v, ranges=ranges)
+    assert in_tiles == [(10, 4), (2, 3)]
+    for heads, (start, end) in ((slice(0, 2), (4, 24)), (slice(4, 6), (29, 46))):
+        want = F.scaled_dot_product_attention(q[:, heads], k[:, None, start:end], v[:, None, start:end])
+        torch.testing.assert_close(out[:, heads], want, rtol=0, atol=1e-12)
+    assert (out[:, 2:4] == 0).all()
+
+
+def test_long_ragged_caches_go_in_two_calls(monkeypatch):
+    """A call for every head, and for every cut of one, would cost more than it reads."""
+    calls = []
+    monkeypatch.setattr(tiles, "attend", lambda *t, attend=attend: calls.append(t[1].shape[1]) or attend(*t))
+    monkeypatch.setattr(cpu, "attend", lambda *t: pytest.fail("a part"))
+    ends = torch.tensor([0, 1024, 1344, 2368, 2560, 3000, 3136, 5184, 5696])
+    k = torch.randn(1, 5700, 16)
+    decode_attention(torch.randn(1, 16, 1, 16), k, k, ranges=torch.stack([ends[:-1], ends[1:]], -1)[None, :, None])
+    assert len(calls) == 2 and sum(calls) < 5696 / 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_lone_row_in_half_precision_is_as_exact(dtype):
+    q, k, v = (torch.randn(1, 2, n, 32).to(dtype) for n in (1, 300, 300))
+    out, lse = attend(q, k, v, None, 0.2)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.2)
+    assert within(out, F.scaled_dot_product_attention(q, k, v, scale=0.2), exact) and lse.shape == (1, 2, 1)
+
+
 def test_the_cuts_are_there(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     counts = []
@@ -92,13 +150,13 @@ def test_gradients_as_good_as_pytorchs_in_the_same_precision(seed, dtype):
     wide = problem.to(torch.float64)
     upstream = torch.randn_like(wide.q).to(dtype)
     grads = []
-    for one, attend in (
+    for one, side in (
         (problem, lambda *t: ours(problem)(*t)[0]),
         (problem, lambda *t: Problem(*t, problem.options).pytorchs()),
         (wide, lambda *t: masked(wide)(*t)[0]),
     ):
         tensors = [t.detach().clone().requires_grad_() for t in (one.q, one.k, one.v)]
-        grads.append(torch.autograd.grad(attend(*tensors), tensors, upstream.to(one.q.dtype)))
+        grads.append(torch.autograd.grad(side(*tensors), tensors, upstream.to(one.q.dtype)))
     for name, mine, theirs, exact in zip(NAMES[2:], *grads, strict=True):
         assert within(mine, theirs, exact), name
 

@@ -130,6 +130,7 @@ def test_rings_grow_with_the_text(model: Any, monkeypatch: Any, padding: dict[st
     ids, mask = prompt(tokens=20, **padding)
     want = torch.stack(generated(model, ids, mask, 20).logits)
     monkeypatch.setattr(caches, "SLACK", 1)
+    monkeypatch.setattr(caches, "BLOCK", 1)
     out = generated(model, ids, mask, 20)
     check(torch.stack(out.logits), want)
     assert out.past_key_values.layers[1].capacity < 39 + 6

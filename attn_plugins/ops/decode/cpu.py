@@ -6,16 +6,20 @@ than there are threads is cut along the keys. Plain PyTorch: it runs on any devi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
-from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward
+from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward, bias_of
 from attn_plugins.ops.decode.inputs import Positions
-from attn_plugins.ops.decode.parts import Part, host_ranges, parts_of
+from attn_plugins.ops.decode.parts import ALL, Part, host_ranges, parts_of
+from attn_plugins.ops.decode.tiles import CALL_BYTES, Tiling, attend_tiles, tiling_of
 from attn_plugins.ops.decode.visibility import Visibility
 from attn_plugins.ops.merge import merge_attention_states
 
+Work = list[tuple[int, Part, int]]  # (slot, part, cuts)
+FEW_PARTS = 2  # are never worth a tiling
 CUT_KEYS = 512  # of fewer keys a thread, the merge costs more than the thread brings
 
 
@@ -26,14 +30,39 @@ def forward(
     if not q.numel():
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     rows = _rows(q, ranges.shape[1])
+    work, slots, tiling = _plan(ranges, k)
+    if tiling is not None and (positions is None or not bool((positions.keys < 0).any())):
+        out, lse = attend_tiles(rows, k, v, tiling, positions, scale)
+        return torch.empty_like(q).copy_(out.reshape(q.shape)), lse.reshape(q.shape[:-1])
     visibility = _visibility(positions, q, ranges)
-    work, slots = _work(parts_of(host_ranges(ranges, k.shape[1])), rows, k.device)
     found = [_attend(*_tiles(rows, part, k, v, visibility, count), scale) for _, part, count in work]
     if slots == 1 and sum(lse.numel() for _, lse in found) == rows.numel() // rows.shape[-1]:
         out, lse = (torch.cat(states, dim=1) for states in zip(*found, strict=True))  # each head once, and in order
     else:
         out, lse = _merged(work, slots, found, rows)
     return torch.empty_like(q).copy_(out.view(q.shape)), lse.view(q.shape[:-1])
+
+
+def _plan(ranges: torch.Tensor, k: torch.Tensor) -> tuple[Work, int, Tiling | None]:
+    """A call for each part, and what is better than that, if there are many of them."""
+    threads = torch.get_num_threads() if k.device.type == "cpu" else 1
+    values = tuple(ranges.flatten().tolist())
+    return _plan_of(values, tuple(ranges.shape), *k.shape, k.element_size(), threads, k.device)
+
+
+@functools.lru_cache(maxsize=512)
+def _plan_of(
+    values: tuple[int, ...], shape: tuple[int, ...], batch: int, total: int, dim: int, itemsize: int, threads: int,
+    device: torch.device,
+) -> tuple[Work, int, Tiling | None]:  # fmt: skip
+    ranges = host_ranges(values, shape, total)
+    work, slots = _work(parts_of(ranges), batch, threads)
+    if len(work) <= FEW_PARTS:
+        return work, slots, None
+    segments = tuple(tuple((head, *ends) for head, row in enumerate(rows) for ends in row) for rows in ranges)
+    row_bytes = 2 * dim * itemsize * (batch // len(segments))
+    tokens = sum(end - start for item in segments for _, start, end in item)
+    return work, slots, tiling_of(segments, shape[1], row_bytes, tokens * row_bytes + len(work) * CALL_BYTES, device)
 
 
 def _tiles(
@@ -44,7 +73,7 @@ def _tiles(
 
 
 def _merged(
-    work: list[tuple[int, Part, int]], slots: int, found: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor
+    work: Work, slots: int, found: list[tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All states of a head as one, of all heads at once; a slot that a head has no use for is a state without keys."""
     outs = rows.new_zeros(max(slots, 1), *rows.shape)
@@ -77,14 +106,14 @@ def backward(
     rows_lse, rows_grad_lse = (None if t is None else _rows(t[..., None], kv_heads)[..., 0] for t in (lse, grad_lse))
     grad_rows = torch.zeros_like(rows, dtype=lse.dtype)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-    for place in parts_of(host_ranges(ranges, k.shape[1])):
+    for place in parts_of(host_ranges(ranges.flatten().tolist(), ranges.shape, k.shape[1])):
         for part in place:
             at = part.items, part.kv
             keys, values, seen = _read(part, k, v, visibility)
             # Output and LSE are those of all parts together: each part gives its share of the gradients.
             grad_q, part.read(grad_k)[:], part.read(grad_v)[:] = attend_backward(
                 rows_grad[at], None if rows_grad_lse is None else rows_grad_lse[at], rows[at], keys, values,
-                rows_out[at], rows_lse[at], _bias(seen, q.dtype), scale,  # type: ignore[index]
+                rows_out[at], rows_lse[at], None if seen is None else bias_of(seen, q.dtype), scale,  # type: ignore[index]
             )  # fmt: skip
             grad_rows[at] += grad_q
     return torch.empty_like(q).copy_(grad_rows.view(q.shape)), grad_k, grad_v
@@ -100,19 +129,17 @@ def _visibility(positions: Positions | None, q: torch.Tensor, ranges: torch.Tens
     return None if positions is None else Visibility(positions, ranges.shape[1], q.shape[1] // ranges.shape[1])
 
 
-def _work(
-    places: list[list[Part]], rows: torch.Tensor, device: torch.device
-) -> tuple[list[tuple[int, Part, int]], int]:
+def _work(places: list[list[Part]], batch: int, threads: int) -> tuple[Work, int]:
     """(slot, part, count): `part` in `count` equal cuts, whose results go to that many slots; and how many there are.
 
     Parts of one head have slots of their own; those of different heads share them.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    work, slots = [], 0
+    work: Work = []
+    slots = 0
     for place in places:
         last = slots
         for part in place:
-            items = rows[part.items].shape[0]
+            items = batch if part.items == ALL else 1
             for some in [part] if items * part.heads >= threads else part.singles():
                 slot = slots
                 for cut, count in _cuts(some, -(-threads // items) if some.heads == 1 else 1):
@@ -157,14 +184,8 @@ def _read(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = attend(q, k, v, _bias(seen, q.dtype), scale)
+    out, lse = attend(q, k, v, None if seen is None else bias_of(seen, q.dtype), scale)
     if seen is not None:
         blind = ~seen.any(-1)
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
     return out, lse
-
-
-def _bias(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if seen is None:
-        return None
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))

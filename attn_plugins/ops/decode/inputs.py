@@ -25,12 +25,14 @@ class Positions:
 
     def seen(self, keys: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """The rule: which of `keys` (b, h or 1, n) each query of some heads sees, (b, h, Nq, n) bool."""
-        j = keys[:, :, None, :]
-        age = self.queries[:, None, :, None] - j
+        spans = None if self.spans is None else self.spans[heads, None, None]
+        return self.sees(self.queries[:, None, :, None], keys[:, :, None, :], spans)
+
+    def sees(self, i: torch.Tensor, j: torch.Tensor, spans: torch.Tensor | None) -> torch.Tensor:
+        """Whether queries at i, of heads with these spans, see keys at j: shapes that broadcast."""
+        age = i - j
         seen = (j >= 0) & (age >= 0)
-        if self.spans is None:
-            return seen
-        return seen & ((j < self.sink) | (age < self.spans[heads, None, None]))
+        return seen if spans is None else seen & ((j < self.sink) | (age < spans))
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +48,22 @@ class Part:
         return t.as_strided(shape, strides, t.storage_offset() + self.start * t.stride(1))
 
 
-def host_ranges(ranges: torch.Tensor, total: int) -> HostRanges:
-    """The non-empty ranges, ascending.
+def host_ranges(values: Sequence[int], shape: Sequence[int], total: int) -> HostRanges:
+    """The non-empty ranges, ascending, of the flat values of a tensor of this shape.
 
     Raises:
         ValueError: a range that leaves the tokens, or two of a head that overlap.
     """
     found = []
-    for item in ranges.tolist():
-        rows = [sorted((start, end) for start, end in head if end > start) for head in item]
+    items, heads, count, _ = shape
+    each = 2 * heads * count
+    for item in range(items):
+        ends = values[item * each : (item + 1) * each]
+        pairs = list(zip(ends[::2], ends[1::2], strict=True))
+        rows = [
+            sorted(pair for pair in pairs[head * count : (head + 1) * count] if pair[1] > pair[0])
+            for head in range(heads)
+        ]
         for head, row in enumerate(rows):
             last = 0
             for start, end in row:

@@ -19,7 +19,7 @@ def decode_reference(
 def decode_mask(q: torch.Tensor, k: torch.Tensor, ranges: torch.Tensor, positions: Positions | None) -> torch.Tensor:
     """(1 or B, H, 1 or Nq, total) bool."""
     mask = torch.zeros(*ranges.shape[:2], k.shape[1], dtype=torch.bool, device=q.device)
-    for b, item in enumerate(host_ranges(ranges, k.shape[1])):
+    for b, item in enumerate(host_ranges(ranges.flatten().tolist(), ranges.shape, k.shape[1])):
         for head, rows in enumerate(item):
             for start, end in rows:
                 mask[b, head, start:end] = True

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from attn_plugins.ops.block_sparse.tile_attention import attend
+from attn_plugins.ops.checks import resolve_scale
 from attn_plugins.ops.decode import decode_attention
 
 EMPTY = 2**31 - 1
+BLOCK = 64
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Rings:
         self.keys = key.new_zeros(batch, self.total + 1, key.shape[3])
         self.values = value.new_zeros(batch, self.total + 1, value.shape[3])
         self.positions = torch.full((1, self.total + 1), EMPTY, dtype=torch.int64, device=device)
+        self._ranges: dict[int, torch.Tensor] = {}  # on a CPU, of the last number of tokens
         self.alike = True
         self.gaps = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -139,26 +143,51 @@ class Rings:
         `written`: tokens since the rings were empty, where the host knows; slots behind them are left out. Returns
         output and LSE.
         """
-        ranges = self.ranges
+        short = written is not None and written <= min(self.spans)
+        uneven, cpu = not (self.alike and (self.even or short)), q.device.type == "cpu"
+        if cpu and not uneven and written is not None and backend in ("auto", "cpu"):
+            held = min(written, self.sizes[0] + self.sink)
+            if all(size == self.sizes[0] for size in self.sizes):
+                return self._as_dense(q, held, scale)
+        ranges, partial = self.ranges, False
         if written is not None and written < max(self.sizes) + self.sink:
-            if q.device.type == "cpu":
-                ends = [
-                    (start, start + min(size + self.sink, written))
-                    for start, size in zip(self.starts, self.sizes, strict=True)
-                ]
-                ranges = torch.tensor(ends)[None, :, None]
-            else:
+            if not cpu:
                 ranges = torch.stack([self.start, self.start + self.length.clamp(max=written)], dim=-1)[None, :, None]
+            elif written <= min(self.sizes) + self.sink:  # one part, whatever its length
+                ranges = self._first(written)
+            else:  # tiles, which are worth keeping for some steps: what nothing holds yet is hidden
+                ranges, partial = self._first(-(-written // BLOCK) * BLOCK), True
         rule: dict[str, Any] = {}
-        if not (self.even and self.alike):  # else every query head sees all that its ring holds
+        if uneven or partial:  # else every query head sees all that its ring holds
             if isinstance(positions, int):
                 positions = torch.full((1, 1), positions, device=q.device)
-            rule = {
-                "key_positions": self.positions, "query_positions": positions, "spans": self.span, "sink": self.sink
-            }  # fmt: skip
+            rule = {"key_positions": self.positions, "query_positions": positions}
+            if uneven:
+                rule |= {"spans": self.span, "sink": self.sink}
         return decode_attention(  # type: ignore[return-value]
             q, self.keys, self.values, ranges=ranges, scale=scale, backend=backend, return_lse=True, **rule
         )
+
+    def _as_dense(self, q: torch.Tensor, held: int, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rings of one size are a dense cache: at short texts, all of them are, and there each operation counts."""
+        kv_heads, size = len(self.sizes), self.sizes[0] + self.sink
+        keys, values = (
+            t[:, : self.total].unflatten(1, (kv_heads, size))[:, :, :held] for t in (self.keys, self.values)
+        )
+        out, lse = attend(
+            q.reshape(q.shape[0], kv_heads, -1, q.shape[3]), keys, values, None, resolve_scale(scale, q.shape[3])
+        )
+        return torch.empty_like(q).copy_(out.reshape(q.shape)), lse.reshape(q.shape[:3])
+
+    def _first(self, slots: int) -> torch.Tensor:
+        """The first slots of every ring, or all that it has."""
+        if slots not in self._ranges:
+            ends = [
+                (start, start + min(size + self.sink, slots))
+                for start, size in zip(self.starts, self.sizes, strict=True)
+            ]
+            self._ranges = {slots: torch.tensor(ends)[None, :, None]}
+        return self._ranges[slots]
 
     def ordered(self, end: torch.Tensor, written: int | None = None, grain: int = 1) -> Ordered:
         """The tokens before position `end` (1 or B,), as long as the longest ring, shorter items to the right.

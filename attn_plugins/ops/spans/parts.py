@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_plugins.ops.block_sparse.tile_attention import bias_of
 from attn_plugins.plan.spans import SpanRule
 
 ALIGNED = 64  # keys: of other numbers the last ones take the kernel up to twice the time
@@ -89,7 +90,7 @@ class Part:
 def _bias(part: Part, rule: SpanRule, start: int, chunk: int, dtype: torch.dtype) -> torch.Tensor:
     i = torch.arange(start, start + chunk)[:, None]
     seen = torch.cat([run.seen(rule, i, start) for run in part.runs], dim=1)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return bias_of(seen, dtype)
 
 
 @dataclass(frozen=True)
