@@ -88,6 +88,21 @@ def choose_backend(backend: str, device: torch.device, kernels: bool = False, re
     return backend
 
 
+def runs_plainly(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but a result is wanted of a call: no gradient, no graph, no mode or subclass that looks on.
+
+    An operator may then call its backend itself: the way through `torch.library` takes a tenth of a millisecond, which
+    is as long as a decoding step reads a megabyte.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """None is head_dim ** -0.5; 0.0 is 0.0."""
     return head_dim**-0.5 if scale is None else float(scale)

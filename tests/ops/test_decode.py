@@ -70,7 +70,8 @@ def in_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "COPIED", 0)
     monkeypatch.setattr(tiles, "CALL_BYTES", -1)
     monkeypatch.setattr(cpu, "FEW_PARTS", 0)
-    monkeypatch.setattr(tiles, "attend", lambda *t, attend=attend: calls.append(tuple(t[1].shape[1:3])) or attend(*t))
+    one_call = tiles._one_call
+    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(tuple(t[2].shape[1:3])) or one_call(*t))
     cpu._plan_of.cache_clear()
     yield calls
     cpu._plan_of.cache_clear()
@@ -102,8 +103,8 @@ def test_tiles_leave_out_what_is_no_heads(in_tiles):
 
 def test_long_ragged_caches_go_in_two_calls(monkeypatch):
     """A call for every head, and for every cut of one, would cost more than it reads."""
-    calls = []
-    monkeypatch.setattr(tiles, "attend", lambda *t, attend=attend: calls.append(t[1].shape[1]) or attend(*t))
+    calls, one_call = [], tiles._one_call
+    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(t[2].shape[1]) or one_call(*t))
     monkeypatch.setattr(cpu, "attend", lambda *t: pytest.fail("a part"))
     ends = torch.tensor([0, 1024, 1344, 2368, 2560, 3000, 3136, 5184, 5696])
     k = torch.randn(1, 5700, 16)

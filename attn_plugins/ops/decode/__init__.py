@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_plugins.ops.checks import choose_backend, kernel_refusal, resolve_scale
+from attn_plugins.ops.checks import choose_backend, kernel_refusal, resolve_scale, runs_plainly
+from attn_plugins.ops.decode import cpu
 from attn_plugins.ops.decode.inputs import Positions, check_inputs, check_positions
 from attn_plugins.ops.decode.op import decode
 from attn_plugins.ops.decode.reference import decode_reference
@@ -63,6 +64,8 @@ def decode_attention(
     chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     if chosen == "reference":
         out, lse = decode_reference(q, k, v, ranges, positions, factor)
+    elif chosen == "cpu" and runs_plainly(q, k, v):
+        out, lse = cpu.forward(q, k, v, ranges, positions, factor)
     else:
         keys, queries, looks = (positions.keys, positions.queries, positions.spans) if positions else (None, None, None)
         out, lse = decode(q, k, v, ranges, keys, queries, looks, sink, factor, chosen == "triton")

@@ -33,6 +33,7 @@ class Tiling:
         end_bias: (b, E, 1, W) -inf where a token is there again; None if none is.
         among: (b, 1, H_kv, T + E) 0 where a head has the tile or end, else -inf.
         nobodys: (b, T + E) bool, the tiles and ends that are of no head; None if there are none.
+        bare: some head has neither.
     """
 
     first: int
@@ -43,6 +44,7 @@ class Tiling:
     end_bias: torch.Tensor | None
     among: torch.Tensor
     nobodys: torch.Tensor | None
+    bare: bool
 
 
 def attend_tiles(
@@ -68,11 +70,13 @@ def attend_tiles(
         out = out.masked_fill(tiling.nobodys[:, :, None, None], 0.0)
         lse = lse.masked_fill(tiling.nobodys[:, :, None], float("-inf"))
     scores = lse.transpose(1, 2)[:, :, None] + tiling.among  # (B, R, H_kv, T + E)
-    shares, best = torch.softmax(scores, dim=-1), scores.amax(-1)
-    blind = best == float("-inf")  # a head without keys
-    total = (best - shares.amax(-1).log()).masked_fill(blind, float("-inf"))
-    shares.masked_fill_(blind[..., None], 0.0)
-    return (shares @ out.transpose(1, 2).to(shares.dtype)).transpose(1, 2), total.transpose(1, 2)
+    # Their softmax times the outputs, and its LSE, are attention again, of queries that are 0 under a bias: one call.
+    out = out.transpose(1, 2).to(scores.dtype)
+    merged, total = attend(out.new_zeros(()).expand(*scores.shape[:3], out.shape[3]), out, out, scores, 1.0)
+    if tiling.bare or positions is not None:
+        blind = scores.amax(-1) == float("-inf")
+        merged, total = merged.masked_fill(blind[..., None], 0.0), total.masked_fill(blind, float("-inf"))
+    return merged.transpose(1, 2), total.transpose(1, 2)
 
 
 def _one_call(
@@ -184,4 +188,5 @@ def _made(segments: Segments, kv_heads: int, tile: int, device: torch.device) ->
         slots.to(device) if most else None, end_owner.clamp(min=0).to(device) if most else None,
         bias_of(~again, torch.float32)[:, :, None].to(device) if bool(again.any()) else None,
         bias_of(mine, torch.float32).to(device), nobodys.to(device) if bool(nobodys.any()) else None,
+        not bool(mine.any(-1).all()),
     )  # fmt: skip
