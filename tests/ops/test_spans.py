@@ -29,7 +29,7 @@ def ours(problem, **more):
 
 
 def check(problem, **more):
-    mask, scale = problem.mask(), problem.q.shape[-1] ** -0.5
+    mask, scale = problem.mask(), more.get("scale", problem.q.shape[-1] ** -0.5)
     exact = results(lambda q, k, v: masked_attention(q, k, v, mask, scale), problem)
     found = results(ours(problem, **more), problem)
     for name, one, other in zip(NAMES, found, exact, strict=True):
@@ -38,6 +38,24 @@ def check(problem, **more):
     assert (found[0][blind] == 0).all() and found[1][blind].isneginf().all() and (found[2][blind] == 0).all()
     if not more:
         assert found[0].stride() == problem.q.stride()
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("seed", range(0, CASES, 20))
+def test_scales_that_are_not_above_zero(seed, scale):
+    """The causal kernel by itself would make nan of them."""
+    check(random_problem(seed), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_causal_calls_at_scales_that_are_not_above_zero(scale):
+    q, k, v = (draw((1, 2, 600, 16), seed, torch.float64) for seed in range(3))
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    found = span_attention(*tensors, spans=600, scale=scale)
+    want = masked_attention(*tensors, torch.ones(600, 600, dtype=torch.bool).tril(), scale)[0]
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (found, want)]
+    for one, other in zip((found, *grads[0]), (want, *grads[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))

@@ -24,6 +24,8 @@ def attend(
     """
     if q.device.type == "cpu":
         q, k, v = _packed(q, k, v)
+        if causal and scale <= 0:
+            q, scale = _flipped(q, scale)
         alone = q.shape[2] == 1 and q.dtype in _HALVES
         if alone:  # a lone row takes a slower path, up to twice as long as two of them
             q = q.expand(-1, -1, 2, -1)
@@ -62,6 +64,10 @@ def attend_backward(
     if q.device.type != "cpu":
         bias = _later_keys(q, k) if causal else bias
         return _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
+    if causal and scale <= 0:
+        q, positive = _flipped(q, scale)
+        grad_q, grad_k, grad_v = attend_backward(grad_out, grad_lse, q, k, v, out, lse, bias, positive, causal)
+        return (-grad_q, grad_k, grad_v) if scale else (torch.zeros_like(q), torch.zeros_like(k), grad_v)
     if grad_lse is None:
         grad_out, q, k, v, out = _packed(grad_out, q, k, v, out)
         return _flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
@@ -74,6 +80,11 @@ def attend_backward(
     out[..., dim] = -grad_lse
     grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
     return tuple(grad[..., :dim] for grad in grads)
+
+
+def _flipped(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The same scores by a scale above 0: the causal kernel multiplies its -inf by the scale, which gives nan."""
+    return (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
 
 
 def _plain_backward(grad_out, grad_lse, q, k, v, out, lse, bias, scale):  # type: ignore[no-untyped-def]
