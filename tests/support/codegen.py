@@ -123,6 +123,29 @@ def agent(dtype: torch.dtype, head_dim: int, bias: bool, agents: int = 256, toke
         attend_backward(out, q, kv, kv, rule, out, lse, 0.1, bias, values, 0.075)
 
 
+def routed_heads(dtype: torch.dtype, head_dim: int, causal: bool = True, keep: bool = False) -> None:
+    """The rows of 8 query heads on 2 KV heads, as projections leave them."""
+    from attn_plugins.ops.routed_heads.triton.launch import forward
+
+    q, k = (torch.empty(1, 2048, n, head_dim, dtype=dtype, device="meta").transpose(1, 2) for n in (8, 2))
+    gates = torch.empty(1, 2048, 8, dtype=dtype, device="meta")
+    bounds = torch.empty(1, 2, dtype=torch.int64, device="meta") if keep else None
+    forward(q, k, k, gates, gates.bool(), bounds, causal, 0.1, keep)
+
+
+def weighted_merge(dtype: torch.dtype, head_dim: int, rows: int = 3, tokens: int = 4, lengths: bool = False) -> None:
+    """Two references in a layer of SDXL with guidance."""
+    from attn_plugins.ops.weighted_merge.triton.launch import forward, weights
+
+    q = torch.empty(2, 4096, 10, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    phrases = torch.empty(1, 2, rows, 10, head_dim, dtype=dtype, device="meta").transpose(2, 3)
+    images = torch.empty(2, 2, tokens, 10, head_dim, dtype=dtype, device="meta").transpose(2, 3)
+    counts = torch.empty(1, 2, dtype=torch.int64, device="meta")
+    masks = torch.empty(1, 2, 4096, device="meta") if lengths else None
+    strengths = weights(q, phrases, counts, masks, 0.1, 1.0, 0.0 if lengths else None)
+    forward(q, q, images, images, strengths, counts if lengths else None, 0.1)
+
+
 def _layout(causal: bool, blocks: int = 4) -> Layout:
     from attn_plugins.ops.vmoba.layout import decode, encode
     from attn_plugins.sequence import Sequence
@@ -145,6 +168,11 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], None]] = {
     "agent": lambda dtype, head_dim: agent(dtype, head_dim, bias=False),
     "agent, biases": lambda dtype, head_dim: agent(dtype, head_dim, bias=True),
     "agent, odd biases": lambda dtype, head_dim: agent(dtype, head_dim, bias=True, agents=49, tokens=197),
+    "weighted merge": weighted_merge,
+    "weighted merge, long": lambda dtype, head_dim: weighted_merge(dtype, head_dim, 75, 257, lengths=True),
+    "routed heads, causal": routed_heads,
+    "routed heads": lambda dtype, head_dim: routed_heads(dtype, head_dim, causal=False),
+    "routed heads, for a backward": lambda dtype, head_dim: routed_heads(dtype, head_dim, keep=True),
 }
 # Launch -> precision -> head sizes. Float16 compiles as bfloat16 does, so that one size of it is enough.
 TABLE: dict[str, dict[str, tuple[int, ...]]] = {
@@ -160,6 +188,11 @@ TABLE: dict[str, dict[str, tuple[int, ...]]] = {
     "agent": {"bf16": (40, 64, 80, 128), "fp32": (64, 128)},
     "agent, biases": {"bf16": (40, 64, 80, 128), "fp32": (64, 128)},
     "agent, odd biases": {"bf16": (64, 128)},
+    "weighted merge": {"bf16": (40, 64, 160), "fp16": (64,), "fp32": (64, 160)},
+    "weighted merge, long": {"bf16": (64, 128, 160), "fp32": (128, 160)},
+    "routed heads, causal": {"bf16": (40, 64, 80, 128), "fp16": (128,), "fp32": (64, 128)},
+    "routed heads": {"bf16": (64, 128)},
+    "routed heads, for a backward": {"bf16": (64, 128), "fp32": (128,)},
 }
 
 

@@ -27,6 +27,11 @@ NAMES = [
     "agent/sm_120/bf16/80",
     "agent/sm_90/fp32/128",
     "agent, odd biases/sm_80/bf16/128",
+    "weighted merge/sm_90/bf16/64",
+    "weighted merge, long/gfx942/bf16/64",
+    "routed heads, causal/sm_90/bf16/128",
+    "routed heads, for a backward/sm_120/bf16/64",
+    "routed heads/gfx942/bf16/128",
 ]
 
 

@@ -176,8 +176,8 @@ def _made(segments: Segments, kv_heads: int, tile: int, device: torch.device) ->
     most = max(map(len, ends))
     width = max((b - a for item in ends for _, a, b in item), default=0)
     table = torch.tensor([[*item, *[(-1, 0, 1)] * (most - len(item))] for item in ends]).view(len(ends), most, 3)
-    end_owner, start, stop = table.unbind(-1)
-    slots = start[..., None] + torch.arange(width)
+    end_owner, begin, stop = table.unbind(-1)
+    slots = begin[..., None] + torch.arange(width)
     again = slots >= stop[..., None]
     slots = torch.minimum(slots, stop[..., None] - 1)
     owners = torch.cat([owner, end_owner], dim=1)

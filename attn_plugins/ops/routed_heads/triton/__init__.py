@@ -1,0 +1,1 @@
+"""The Triton kernel: gathered rows of a head against all its keys."""

@@ -1,0 +1,1 @@
+"""Triton kernels of `weighted_merge`, forward alone. Imported only where they run."""
