@@ -9,10 +9,14 @@ _root = _pathlib.Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "patches" / "__init__.py").is_file():
     __path__.append(str(_root))
 
+from attn_plugins.models import registration as _registration  # noqa: E402  # the path above is where a checkout has more
+
+_registration.when_transformers_comes()
+
 if _TYPE_CHECKING:
     from attn_plugins.patching import PatchHandle, patch, patched, summary, unpatch
     from attn_plugins.plan.simulator import simulate
-    from attn_plugins.pretrained import from_pretrained, load
+    from attn_plugins.pretrained import from_pretrained, load, load_adapter
     from attn_plugins.registry import available, register_family, register_method
 
 __version__ = "0.1.0"
@@ -21,6 +25,7 @@ __all__ = [
     "available",
     "from_pretrained",
     "load",
+    "load_adapter",
     "patch",
     "patched",
     "register_family",
@@ -30,7 +35,7 @@ __all__ = [
     "unpatch",
 ]
 _HOMES = {
-    "attn_plugins.pretrained": ("from_pretrained", "load"),
+    "attn_plugins.pretrained": ("from_pretrained", "load", "load_adapter"),
     "attn_plugins.plan.simulator": ("simulate",),
     "attn_plugins.registry": ("available", "register_family", "register_method"),
 }

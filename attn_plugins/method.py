@@ -58,7 +58,8 @@ class AttentionCall:
     takes its share of the softmax and gives nothing.
 
     `plain`: for processors that ask for it, where the interception knows how the layer norms and rotates. `weights`:
-    what `Method.weights` made for the layer.
+    what `Method.weights` made for the layer; `prepared`: what `Processor.prepare` made of the layer's input in this
+    call, None where that was not seen. `watch`: who is to be told what a router chose (training/routers.py), or None.
 
     `first_head`, `layer_heads`: where other devices have the rest of the heads, the place of q's first one among all of
     the layer's; what a method sets per head is counted among those. `asks`: the rows whose output is read (None: all);
@@ -83,6 +84,8 @@ class AttentionCall:
     asks: slice | None = None
     plain: Plain | None = None
     weights: Any = None
+    prepared: Any = None
+    watch: Any = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -90,14 +93,25 @@ class AttentionCall:
 class SiteShape:
     """What the weights of a method are made for: a layer's sizes.
 
-    grid: tokens per axis at the size that the model is made for. own_tokens: those before the grid (class,
-    distillation, registers).
+    grid: tokens per axis at the size that the model is made for; None, or a sentence why, where it is for any.
+    own_tokens: those before the grid (class, distillation, registers). width: channels of the layer's input. kv_heads:
+    None: as many as heads. q_norm: the layer norms each head's query by itself. output: name, from the attention module
+    on, of the linear layer that its heads go through; None where that is elsewhere.
     """
 
     heads: int
     head_dim: int
-    grid: tuple[int, ...]
+    grid: tuple[int, ...] | str | None = None
     own_tokens: int = 0
+    width: int = 0
+    kv_heads: int | None = None
+    q_norm: bool = False
+    output: str | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // (self.kv_heads or self.heads)
 
 
 @dataclass
@@ -158,11 +172,22 @@ class MethodConfig:
 class Processor(ABC):
     """A method bound to a config: stateless, shared by all layers with an equal config, called per attention call.
 
-    `measure`: what reports call its density. `wants_plain`: it asks calls for `plain`.
+    `measure`: what reports call its density. `wants_plain`: it asks calls for `plain`. `prepares`: it reads the layer's
+    own input, by `prepare`. `skips_projections`: what it prepares has `gates`, and heads whose gate is 0 need no query,
+    and give none of the output.
     """
 
     measure: str = "density"
     wants_plain: ClassVar[bool] = False
+    prepares: bool = False
+    skips_projections: bool = False
+
+    def prepare(self, x: torch.Tensor, weights: Any) -> Any:
+        """What the call will find as `prepared`: of the layer's input x (B, N, C), before its projections run.
+
+        For those that say `prepares`. Called again in a checkpoint's recomputation. `weights`: as of the call.
+        """
+        return None
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Why this call must stay dense (said to the user once), or None. Must not read tensor values."""
@@ -205,6 +230,10 @@ class Method(ABC):
     min_tokens: ClassVar[tuple[int, int]] = (0, 0)
     # options by which a person brings a setting of their own: with one of them, and no preset named, no preset is used
     own_settings: ClassVar[frozenset[str]] = frozenset()
+    # its processors are `ReferenceProcessor`s (references.py): for models with the images of an image adapter alone
+    needs_references: ClassVar[bool] = False
+    # of kind "module": its weights are made for the grid of the size that a model is made for
+    needs_grid: ClassVar[bool] = False
 
     @abstractmethod
     def processor(self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind) -> Processor | None:
@@ -216,8 +245,20 @@ class Method(ABC):
     def weights(self, config: MethodConfig, shape: SiteShape, layer_index: int) -> torch.nn.Module | None:
         """New weights for a layer, of methods of kind "module": they become a child of the layer, called as the method.
 
-        Must not draw from the global random state. A method without them returns None.
+        Must not draw from the global random state. A layer, or a setting, without them: None.
         """
+        return None
+
+    def settled(self, config: MethodConfig, sites: list[tuple[SiteKind, SiteShape]]) -> MethodConfig:
+        """The config with everything decided that depends on the layers it is for; of methods of kind "module".
+
+        Raises:
+            ValueError: a setting that these layers cannot have.
+        """
+        return config
+
+    def advice(self, config: MethodConfig) -> str | None:
+        """What a person who patches without weights from a file should know, or None. Said once a patch."""
         return None
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from attn_plugins import recipe, record, registry, weights
+from attn_plugins import grafting, recipe, record, registry, weights
 from attn_plugins.handle import PatchHandle
 from attn_plugins.method import Method, MethodConfig
 from attn_plugins.patches.family import Site
@@ -50,7 +51,8 @@ def patch(
     Args:
         obj: a pipeline (all its denoisers), a model (also inside torch.compile or PEFT), or a list of them.
         method: a name (`attn_plugins.available()` lists them), a recipe file written by `handle.save`, or a Method.
-            None: what the presets recommend for this model.
+            None: what the presets recommend for this model. "bam" is by itself: it takes `experts`, other models
+            whose attention is put beside this one's (docs/bam.md), `attention` and `seed`, and no other setting.
         quality: "safe", "balanced" or "fast": which of a preset's settings to take.
         preset: a preset by name; None: the one made for this model, if there is one.
         layers: which layers; see `attn_plugins.selection.select`.
@@ -71,9 +73,26 @@ def patch(
         TypeError: an unknown option, or an attention processor that cannot be got between.
     """
     request = _Request(method, quality, preset, layers, dense_steps, num_steps, backend, strict, min_tokens, options)
+    if method == grafting.BAM:
+        return grafting.graft(obj, **request.without_settings())
     if recipe.is_recipe(method):
         request = _from_recipe(request)
-    return _install([_plan(target, request) for target in find(obj)])
+    planned = [_plan(target, request) for target in find(obj)]
+    handle = _install(planned)
+    for one in planned:
+        if one.advice and any(one.patched is row for row in handle.patches):
+            warnings.warn(f"attn_plugins: {one.advice}", stacklevel=2)
+    return handle
+
+
+def patch_as_saved(root: nn.Module, row: Mapping[str, Any]) -> PatchHandle:
+    """As `patch`, as a row of saved weights says, which are to be filled in next (pretrained.py)."""
+    chosen = functools.partial(is_named, frozenset(row["sites"]))
+    request = _Request(
+        row["method"], "balanced", None, chosen, row.get("dense_steps"), row.get("num_steps"), "auto", False,
+        row.get("min_tokens"), dict(row["options"]),
+    )  # fmt: skip
+    return _install([_plan(target, request) for target in find(root)])
 
 
 def unpatch(obj: object, method: str | None = None) -> None:
@@ -130,6 +149,20 @@ class _Request:
     options: dict[str, Any]
     recipe_of: str | None = None
 
+    def without_settings(self) -> dict[str, Any]:
+        """The options, of what takes none of the arguments that all methods share.
+
+        Raises:
+            ValueError: one of those was given.
+        """
+        plain = _Request(self.method, "balanced", None, None, None, None, "auto", False, None, self.options)
+        given = [
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != getattr(plain, field.name)
+        ]
+        if given:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])!r}: {self.method!r} takes options of its own alone")
+        return self.options
+
 
 def _from_recipe(request: _Request) -> _Request:
     """The request that a recipe file stands for; what the caller gave besides wins."""
@@ -159,11 +192,12 @@ def is_named(names: frozenset[str], site: Site) -> bool:
 
 
 class _Planned(NamedTuple):
-    """What patching one target will be, and what makes the weights of its layers, by name."""
+    """What patching one target will be, what makes the weights of its layers, by name, what the method says to it."""
 
     target: Target
     patched: Patched
     weights: dict[str, weights.Make]
+    advice: str | None
 
 
 def _plan(target: Target, request: _Request) -> _Planned:
@@ -178,6 +212,11 @@ def _plan(target: Target, request: _Request) -> _Planned:
         )
     asked = request.method
     method = asked if isinstance(asked, Method) else registry.method(str(asked or _recommended(target)))
+    if method.needs_references and "references" not in family.extras:
+        raise ValueError(
+            f"{method.name!r} merges the reference images of an IP-Adapter, which is not known for {family.title}: "
+            "it is for pipelines of Stable Diffusion 1.5 and XL"
+        )
     chosen = None
     settled = request.recipe_of is not None or request.options.keys() & method.own_settings
     if not settled or request.preset is not None:
@@ -188,6 +227,7 @@ def _plan(target: Target, request: _Request) -> _Planned:
     min_tokens = request.min_tokens
     if min_tokens is None:
         least = (chosen.min_tokens if chosen else 0) or family.extras.get("min_tokens", 0)
+        least = 0 if method.needs_references else least  # an adapter is in every layer
         min_tokens = max(least, method.min_tokens[0]), max(least, method.min_tokens[1])
     config = _config(method, options, request.backend)
     schedule = Schedule(dense_steps, request.num_steps)
@@ -199,6 +239,9 @@ def _plan(target: Target, request: _Request) -> _Planned:
     )  # fmt: skip
     all_sites = family.find_sites(root)
     sites, skipped = select(method, family, all_sites, layers)
+    shapes = weights.shapes(method, family, root, sites)
+    if shapes:
+        config = method.settled(config, [(site.kind, shapes[site.name]) for site in sites])
     plan = Patched(method.name, family.name, config, state, [], skipped, chosen.name if chosen else None)
     counts = {kind: sum(site.kind == kind for site in all_sites) for kind in method.sites}
     for site in sites:
@@ -209,9 +252,13 @@ def _plan(target: Target, request: _Request) -> _Planned:
             plan.layers.append(Layer(state, processor, site.kind, site.name, site.index))
     if not plan.layers:
         raise ValueError(f"{method.name!r} with {config} leaves every site of {family.title} dense: zero sites")
+    if method.needs_references:
+        family.extras["references"].prepare(root, family, target.pipe, plan.layers)
     names = {layer.name for layer in plan.layers}
     chosen_sites = [site for site in sites if site.name in names]
-    return _Planned(target, plan, weights.of_sites(method, family, root, config, chosen_sites))
+    plan.kept = bool(shapes)
+    made = weights.of_sites(method, config, chosen_sites, shapes)
+    return _Planned(target, plan, made, method.advice(config))
 
 
 def _recommended(target: Target) -> str:
@@ -250,7 +297,7 @@ def _install(planned: list[_Planned]) -> PatchHandle:
     rows: list[tuple[nn.Module, Patched]] = []
     new: list[_Planned] = []
     for one in planned:
-        target, plan, _ = one
+        target, plan = one.target, one.patched
         existing = next((row for row in record.patches_of(target.root) if row.same_as(plan)), None)
         if existing is None:
             _refuse_taken_sites(target, plan)
@@ -260,7 +307,7 @@ def _install(planned: list[_Planned]) -> PatchHandle:
         rows.append((target.root, existing or plan))
     done: list[tuple[nn.Module, Patched]] = []
     try:
-        for target, plan, made in new:
+        for target, plan, made, _ in new:
             by_name = {layer.name: layer for layer in plan.layers}
             sites = [site for site in target.family.find_sites(target.root) if site.name in by_name]
             layers = [(site, by_name[site.name]) for site in sites]

@@ -121,10 +121,10 @@ def available(method: str | None = None, family: str | None = None) -> tuple[Pre
 
 @functools.cache
 def load() -> tuple[PresetFile, ...]:
-    """Every file under attn_plugins.configs, sorted by method and name."""
+    """Every file under attn_plugins.configs but the recipes of `attn-plugins upcycle`, sorted by method and name."""
     rows = []
     for folder in importlib.resources.files("attn_plugins.configs").iterdir():
-        if folder.is_dir():
+        if folder.is_dir() and folder.name != "bam":
             for file in folder.iterdir():
                 if file.name.endswith(".yaml"):
                     rows.append(parse(file.read_text(encoding="utf-8"), folder.name, file.name))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-from attn_plugins import weights
+from attn_plugins import record, registry, weights
 from attn_plugins.handle import PatchHandle
-from attn_plugins.patching import is_named, patch
+from attn_plugins.patching import patch_as_saved
 from attn_plugins.targets import find
 
 
@@ -48,9 +48,7 @@ def load(obj: object, folder: str | Path) -> PatchHandle:
     done: list[PatchHandle] = []
     try:
         for row in rows:
-            chosen = functools.partial(is_named, frozenset(row["sites"]))
-            more = {key: row[key] for key in ("dense_steps", "num_steps", "min_tokens") if key in row}
-            done.append(patch(target.root, row["method"], layers=chosen, **more, **row["options"]))
+            done.append(patch_as_saved(target.root, row))
             done[-1].load_weights(folder)
     except BaseException:
         for handle in reversed(done):
@@ -60,10 +58,10 @@ def load(obj: object, folder: str | Path) -> PatchHandle:
 
 
 def from_pretrained(folder: str | Path, model_class: Any = None, **options: Any) -> Any:
-    """A transformers model that was saved while patched, patched as it was; one line for both.
+    """A model that was saved while patched, patched as it was; one line for both.
 
     Args:
-        folder: of `save_pretrained`, or the name of a repository on the Hub.
+        folder: of `save_pretrained` of a model of transformers or diffusers, or the name of a repository on the Hub.
         model_class: None: the class that was saved.
         options: of the class' own `from_pretrained` (dtype, device_map, ...).
 
@@ -73,22 +71,19 @@ def from_pretrained(folder: str | Path, model_class: Any = None, **options: Any)
     Raises:
         FileNotFoundError: a model that was saved without a patch's weights.
     """
-    import transformers
-
     path = Path(folder)
     if not path.is_dir():
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
     rows = weights.read(path)
-    if model_class is None:
-        model_class = getattr(transformers, transformers.AutoConfig.from_pretrained(path).architectures[0])
-    chatter = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it lists the method's weights as unexpected: their place is made next
+    library, saved_class = _saved_class(path)
+    chatter = library.get_verbosity()
+    library.set_verbosity_error()  # it lists the method's weights as unexpected: their place is made next
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+        model, info = (model_class or saved_class).from_pretrained(path, output_loading_info=True, **options)
     finally:
-        transformers.logging.set_verbosity(chatter)
+        library.set_verbosity(chatter)
     parts = tuple(f".{row['method']}." for row in rows)
     strange = [name for name in info["unexpected_keys"] if not any(part in f".{name}" for part in parts)]
     for what, names in (("lacks", sorted(info["missing_keys"])), ("has, and the model has not,", sorted(strange))):
@@ -96,3 +91,55 @@ def from_pretrained(folder: str | Path, model_class: Any = None, **options: Any)
             warnings.warn(f"attn_plugins: {folder} {what} {', '.join(names)}", stacklevel=2)
     load(model, path)
     return model
+
+
+def _saved_class(path: Path) -> tuple[Any, Any]:
+    """(the library's logging, the class of the model in a folder)."""
+    name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if name is not None:
+        import diffusers
+        from diffusers.utils import logging
+
+        return logging, getattr(diffusers, name)
+    import transformers
+
+    return transformers.logging, getattr(transformers, transformers.AutoConfig.from_pretrained(path).architectures[0])
+
+
+def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
+    """PEFT's adapter on a model whose method has weights, strictly: PEFT by itself drops, without a word, what it has
+    of a method that the model is not patched with, and the model runs dense.
+
+    Args:
+        model: the base of the adapter. If `handle.save_weights(folder)` wrote into the folder too, it is patched as
+            that says; else patch it first, with the settings that the adapter was trained with.
+        folder: of the adapter's `save_pretrained`.
+        options: of `PeftModel.from_pretrained`.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ValueError: weights in the adapter that the model has no place for, or of another shape.
+        FileNotFoundError: no adapter there.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: it has no adapter_config.json")
+    if (Path(folder) / weights.FILES[1]).is_file() and not any(record.patches_of(one.root) for one in find(model)):
+        load(model, folder)
+    held = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    saved = {name.removeprefix("base_model.model."): t.shape for name, t in load_peft_weights(str(folder)).items()}
+    bring = [name for name in registry.method_names() if registry.method(name).kind == "module"]
+    ours = {name: method for name in saved for method in bring if f".{method}." in name}
+    strange = [name for name in ours if held.get(name) != saved[name] and ".lora_" not in name]
+    if strange:
+        method = ours[strange[0]]
+        raise ValueError(
+            f"{folder} has {len(strange)} tensors of {method!r} that {type(model).__name__} has no place for "
+            f"({strange[0]}, ...): call attn_plugins.patch(model, {method!r}, ...) with the settings that the adapter "
+            "was trained with, before it is loaded"
+        )
+    return PeftModel.from_pretrained(model, folder, **options)

@@ -33,6 +33,7 @@ class Patched:
         layers: the patched layers, each with `.name`, `.kind`, `.index`, `.processor`.
         skipped: (site name, why it stays dense), for the sites that were not patched.
         undo: what takes it out again, to be run in reverse.
+        kept: saved with the model: of methods of kind "module", also where a setting has no weights.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Patched:
     preset: str | None = None
     undo: list[Callable[[], None]] = field(default_factory=list)
     handle: PatchHandle | None = None
+    kept: bool = False
 
     def same_as(self, other: Patched) -> bool:
         """Whether patching `other` on top would change nothing."""

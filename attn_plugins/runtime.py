@@ -44,6 +44,9 @@ class Moment(threading.local):
         self.reason = UNKNOWN
         self.largest = 0  # tokens of the largest grid of this forward
         self.length: int | None = None  # of the text that a running `generate` is to make
+        self.prepared: Any = None  # what the running layer's method made of the layer's input
+        self.lean = self.served = False  # its queries lack what the method does not read; the method has run
+        self.refusal = ""  # why it has not
         self.outer: Snapshot | None = None  # what holds again when a level inside a level ends
 
 
@@ -88,6 +91,7 @@ class RootState:
         moment.sequence = sequence
         moment.dense = dense
         moment.reason = reason
+        moment.prepared = None  # of a layer that an exception has cut short
         if sequence is not None and not torch.compiler.is_compiling():
             moment.largest = max(moment.largest, sequence.tokens)
             if sequence.tokens == moment.largest:
@@ -132,6 +136,7 @@ class RootState:
 
     def refuse(self, reason: str) -> None:
         """A call stays dense although a method was asked for: say why, once; under `strict` raise."""
+        self.moment.refusal = reason
         if self.strict:
             raise Refused(f"attn_plugins (strict=True): {reason}")
         if torch.compiler.is_compiling():
@@ -167,11 +172,44 @@ class Layer:
         # a method that reads the layer's own inputs (routers, tables of rotation) says so on its processor
         self.wants_inputs = bool(getattr(processor, "wants_inputs", False))
         self.wants_plain = processor.wants_plain
+        self.prepares = processor.prepares
+        self.watch: Any = None  # who is told what a router chose: see training/routers.py
+        self.references: Any = None  # its phrases, of methods that merge reference images
         self.weights: str | None = None  # the name of the child that holds the method's weights, if it has any
 
     def weights_of(self, module: nn.Module) -> nn.Module | None:
         """The method's weights on the layer's module, as they are now: PEFT may have wrapped them."""
         return None if self.weights is None else module._modules.get(self.weights)
+
+    def begin(self, module: nn.Module, x: torch.Tensor | None) -> None:
+        """Before the layer's projections, of methods that read its input x: (B, N, C), or a picture (B, C, H, W)."""
+        moment = self.root.moment
+        moment.prepared, moment.lean, moment.served, moment.refusal = None, False, False, ""
+        sequence = moment.sequence if self.on_grid else None
+        if x is None or (sequence is not None and sequence.tokens < self.root.least_tokens(x.device)):
+            return
+        if x.ndim in (3, 4) and not moment.dense:
+            rows = x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
+            moment.prepared = self.processor.prepare(rows, self.weights_of(module))
+
+    @property
+    def prepared(self) -> Any:
+        """What `Processor.prepare` made of the input of the call that runs in this thread; None outside of one."""
+        return self.root.moment.prepared
+
+    def end(self) -> None:
+        """After the layer, whatever came of it.
+
+        Raises:
+            Refused: it stayed dense, and its queries were not whole (patches/routed_projections.py).
+        """
+        moment = self.root.moment
+        moment.prepared = None
+        if moment.lean and not moment.served:
+            raise Refused(
+                f"{self.name}: skip_projections=True left queries out, and then the layer had to stay dense "
+                f"({moment.refusal or 'it was not asked for attention'}): patch with skip_projections=False"
+            )
 
     def attend(self, call: AttentionCall) -> torch.Tensor | None:
         """The method's output (B, H, N, D), or None: run the original attention, with the user's own backend."""
@@ -197,6 +235,7 @@ class Layer:
             root.refuse(reason)
             return None
         out = self.processor(call)
+        root.moment.served = True
         return out if call.asks is None else out[:, :, call.asks]
 
     def _misfit(self, call: AttentionCall) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,47 @@ from attn_plugins import recipe
 from attn_plugins.method import Method, MethodConfig, SiteShape
 from attn_plugins.patches.family import Family, Site
 from attn_plugins.record import Patched
+from attn_plugins.runtime import Layer
 
 CONFIG = "attn_plugins"  # the entry in a model's config, and the name of the files
 FILES = f"{CONFIG}.safetensors", f"{CONFIG}.json"
-Make = Callable[[], nn.Module]
+Make = Callable[[], "nn.Module | None"]
 
 
-def of_sites(
-    method: Method, family: Family, root: nn.Module, config: MethodConfig, sites: list[Site]
-) -> dict[str, Make]:
-    """What makes the weights of each site, by its name: {} of a method that has none.
+def shapes(method: Method, family: Family, root: nn.Module, sites: list[Site]) -> dict[str, SiteShape]:
+    """What the weights of each site must be made for, by its name: {} of a method that is not of kind "module".
 
     Raises:
-        ValueError: a model that cannot say what its layers' weights must be made for.
+        ValueError: a model that cannot say.
     """
     if method.kind != "module":
         return {}
-    made: dict[str, Make] = {}
+    found: dict[str, SiteShape] = {}
     for site in sites:
         shape = None if family.shape is None else family.shape(root, site.module)
-        if shape is None or isinstance(shape, str):
-            why = shape or f"{family.title} does not tell the sizes of its attention layers"
+        why: object = shape
+        if isinstance(shape, SiteShape):
+            why = shape.grid if method.needs_grid else ()
+        if why is None or isinstance(why, str):
+            why = why or f"{family.title} does not tell the sizes of its attention layers"
             raise ValueError(f"{method.name!r} brings weights for each layer: {why}")
-        made[site.name] = functools.partial(_made, method, config, shape, site.index)
-    return made
+        assert isinstance(shape, SiteShape)  # or there was a reason
+        found[site.name] = shape
+    return found
+
+
+def of_sites(
+    method: Method, config: MethodConfig, sites: list[Site], shapes: Mapping[str, SiteShape]
+) -> dict[str, Make]:
+    """What makes the weights of each site, by its name: {} of a method that has no `shapes`."""
+    return {
+        site.name: functools.partial(method.weights, config, shapes[site.name], site.index) for site in sites if shapes
+    }
 
 
 def attach(root: nn.Module, patched: Patched, made: Mapping[str, Make]) -> None:
-    """Put new weights on the layers named in `made`; what takes them out again joins `patched.undo` step by step.
+    """Put new weights, if there are any, on the layers named in `made`; what takes them out again joins `patched.undo`
+    step by step.
 
     Raises:
         ValueError: a layer that has something of that name.
@@ -59,25 +73,33 @@ def attach(root: nn.Module, patched: Patched, made: Mapping[str, Make]) -> None:
             raise ValueError(
                 f"{layer.name} has an attribute {name!r} already: the method's weights have no place there"
             )
-        like = _like(module, root)
-        weights = made[layer.name]().to(device=like.device, dtype=like.dtype).train(module.training)
+        like, weights = _like(module, root), made[layer.name]()
+        if weights is None:
+            continue
+        weights = weights.to(device=like.device, dtype=like.dtype).train(module.training)
         layer.weights = name
         module.add_module(name, weights)
         patched.undo.append(functools.partial(_detach, module, name))
     config = getattr(root, "config", None)
     if config is not None:
-        row, rows = recipe.row(patched), getattr(config, CONFIG, None) or []
-        setattr(config, CONFIG, [*rows, *([] if row in rows else [row])])
+        row, rows = recipe.row(patched), noted(config)
+        _note(config, [*rows, *([] if row in rows else [row])])
         patched.undo.append(functools.partial(forget, config, [row]))
 
 
 def named_weights(root: nn.Module, patched: Patched) -> Iterator[tuple[str, nn.Parameter]]:
     """Names as in the model's state dict, PEFT's wrapper around them left out."""
+    for layer, weights in modules(root, patched):
+        for name, parameter in weights.named_parameters():
+            yield f"{layer.name}.{layer.weights}.{name}", parameter
+
+
+def modules(root: nn.Module, patched: Patched) -> Iterator[tuple[Layer, nn.Module]]:
+    """The layers that have weights, and the module of these that runs."""
     for layer in patched.layers:
         weights = layer.weights_of(root.get_submodule(layer.name))
         if weights is not None:
-            for name, parameter in _unwrapped(weights).named_parameters():
-                yield f"{layer.name}.{layer.weights}.{name}", parameter
+            yield layer, _unwrapped(weights)
 
 
 def save(root: nn.Module, patched: Patched, folder: str | Path) -> Path:
@@ -88,8 +110,12 @@ def save(root: nn.Module, patched: Patched, folder: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    tensors = {name: parameter.detach().contiguous() for name, parameter in named_weights(root, patched)}
-    if not tensors:
+    tensors = {
+        f"{layer.name}.{layer.weights}.{name}": tensor.detach().contiguous()
+        for layer, weights in modules(root, patched)
+        for name, tensor in weights.state_dict().items()  # buffers too
+    }
+    if not tensors and not patched.kept:
         raise ValueError(f"method {patched.method!r} has no weights to save: handle.save(path) writes a recipe")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +151,8 @@ def load(root: nn.Module, patched: Patched, folder: str | Path) -> None:
     """
     saved = _tensors(Path(folder), patched.method)
     wanted: dict[str, set[str]] = {layer.name: set() for layer in patched.layers}
-    for name, _ in named_weights(root, patched):
-        layer, _, own = name.partition(f".{patched.method}.")
-        wanted[layer].add(own)
+    for one, weights in modules(root, patched):
+        wanted[one.name] = set(weights.state_dict())
     rows = [set(row["sites"]) for row in read(folder) if row["method"] == patched.method]
     mine = set[str]().union(*(sites for sites in rows if sites & wanted.keys()))
     there = _paired(sorted(wanted.keys() | set[str]().union(*rows)), list(saved))
@@ -140,9 +165,8 @@ def load(root: nn.Module, patched: Patched, folder: str | Path) -> None:
             f"{folder} is not of this patch: it lacks {len(lacks)} tensors{_such_as(lacks)} and has {len(extra)} that "
             f"the patch has not{_such_as(extra)}. attn_plugins.load patches with the settings that were saved"
         )
-    for layer in wanted:
-        weights = root.get_submodule(f"{layer}.{patched.method}")
-        _unwrapped(weights).load_state_dict(saved[there[layer]])
+    for one, weights in modules(root, patched):
+        weights.load_state_dict(saved[there[one.name]])
 
 
 def _tensors(folder: Path, method: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -184,13 +208,6 @@ def _unwrapped(weights: nn.Module) -> nn.Module:
     return next((copies[name] for name in active if name in copies), weights.original_module)  # type: ignore[return-value]
 
 
-def _made(method: Method, config: MethodConfig, shape: SiteShape, index: int) -> nn.Module:
-    found = method.weights(config, shape, index)
-    if found is None:
-        raise TypeError(f"method {method.name!r} is of kind 'module' and made no weights: Method.weights must")
-    return found
-
-
 def _such_as(names: list[str]) -> str:
     return f" ({names[0]}, ...)" if names else ""
 
@@ -205,10 +222,22 @@ def _detach(module: nn.Module, name: str) -> None:
     module._modules.pop(name, None)
 
 
+def noted(config: Any) -> list[dict[str, Any]]:
+    """The rows of the entry in a model's config."""
+    return list((config.get(CONFIG) if isinstance(config, OrderedDict) else getattr(config, CONFIG, None)) or [])
+
+
 def forget(config: Any, rows: list[dict[str, Any]]) -> None:
     """Take rows out of the entry in a model's config; without any the entry goes."""
-    left = [row for row in getattr(config, CONFIG, None) or [] if row not in rows]
-    if left:
-        setattr(config, CONFIG, left)
-    else:
-        config.__dict__.pop(CONFIG, None)
+    _note(config, [row for row in noted(config) if row not in rows])
+
+
+def _note(config: Any, rows: list[dict[str, Any]]) -> None:
+    config.__dict__.pop(CONFIG, None)
+    if isinstance(config, OrderedDict):  # of diffusers, and frozen against its own methods
+        if rows:
+            OrderedDict.__setitem__(config, CONFIG, rows)
+        elif CONFIG in config:
+            OrderedDict.__delitem__(config, CONFIG)
+    elif rows:
+        setattr(config, CONFIG, rows)

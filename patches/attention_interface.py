@@ -21,8 +21,10 @@ from attn_plugins.method import AttentionCall
 from attn_plugins.patches.causal_mask import as_matrix, is_ours, make_mask, read_mask
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
+from attn_plugins.patches.inputs import listen
 from attn_plugins.patches.pending import STRAY, Pending
 from attn_plugins.patches.processor_swap import LevelHook
+from attn_plugins.patches.routed_projections import route
 from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import UNKNOWN, Layer, RootState
 
@@ -58,7 +60,8 @@ def attention_forward(
                     keys=read_mask(given), sliding_window=kwargs.get("sliding_window"),
                     softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
                     first_head=share * heads, layer_heads=shares * heads if shares > 1 else None,
-                    weights=layer.weights_of(module), extras={"length": layer.root.moment.length},
+                    weights=layer.weights_of(module), prepared=layer.prepared, watch=layer.watch,
+                    extras={"length": layer.root.moment.length},
                 )
             )  # fmt: skip
             if out is not None:
@@ -130,6 +133,8 @@ def _why_dense(
         return "output_attentions asks for the dense weights"
     if layer.on_grid and layer.root.moment.sequence is None:
         return layer.root.moment.reason
+    if layer.prepares and layer.cell > 1:
+        return "the tokens of this layer's input are in another order than those of its queries"
     if not is_ours(mask):
         return "the model passes an attention mask of its own making (4-D, packed sequences or blocks)"
     if layer.on_grid:
@@ -289,6 +294,8 @@ class AttentionInterfaceSwap:
             for site, layer in layers:
                 layer.cell = getattr(site.module.config, family.extras.get("cells", ""), 1)
                 site.module.__dict__[STATE] = layer
+                undo += listen(site.module, layer)
+                undo += route(root, site.module, layer)
             for owner in owners:
                 _choose(owner)
             for names, read in family.extras.get("levels", {}).items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.processor_swap import ProcessorSwap
+from attn_plugins.patches.shapes import of_attention
 
 _SWAP = ProcessorSwap()
 
@@ -32,6 +33,7 @@ def diffusers_family(
         read=read,
         interception=_SWAP,
         notes=notes,
+        shape=of_attention,
         extras=extras,
         config=config or {},
     )

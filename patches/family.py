@@ -68,7 +68,8 @@ class Family:
             `in_parts`: text is attended in calls of its own, which stay dense without a word;
             `time_rises`: the timestep grows towards the picture; `beside`: the model runs beside a pipeline's denoiser
             (a ControlNet) and is patched only by itself; and what an interception names in its own docstring.
-        shape: the sizes of an attention module, for methods that bring weights; None: they are refused.
+        shape: the sizes of an attention module, for methods of kind "module"; None: they are refused.
+        sized: a model says which size it is made for, so that its layers' shapes have a grid.
         config: values that `model.config` must have, where the class alone does not tell (the UNets).
     """
 
@@ -82,6 +83,7 @@ class Family:
     notes: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
     shape: ShapeReader | None = None
+    sized: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def matches(self, model: object) -> bool:

@@ -34,6 +34,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.layer: Layer | None = None
+        self.weights: Any = None
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.plain: PlainTokens | None = None
 
@@ -63,6 +64,7 @@ def _attend(
     call = AttentionCall(
         query, key, value, layer.kind, moment.sequence, scale, mask, causal, dropout,
         first_head=first_head, layer_heads=layer_heads, plain=_running.plain if layer.wants_plain else None,
+        weights=_running.weights, prepared=layer.prepared, watch=layer.watch,
     )  # fmt: skip
     if layer.wants_inputs:
         assert _running.inputs is not None  # set with the layer
@@ -130,7 +132,7 @@ def _attend_together(
     if isinstance(root.text_apart, str):
         root.refuse(root.text_apart)
         return None
-    if layer.wants_inputs:
+    if layer.wants_inputs or layer.prepares:
         root.refuse("context parallelism: the method reads the layer's input, of which each device holds a part")
         return None
     if _running.plain is not None and _running.plain.found:
@@ -176,7 +178,7 @@ def _adapter_sdpa(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: 
     return _sdpa(query, key, *args, **kwargs)
 
 
-class _Functional:
+class Functional:
     """`torch.nn.functional` with our attention in it."""
 
     def __init__(self, sdpa: Callable[..., torch.Tensor]) -> None:
@@ -192,8 +194,8 @@ def _flux2_cached(*args: Any, **kwargs: Any) -> torch.Tensor:
     return cached_references.attend(*args, **kwargs)
 
 
-_OVERRIDES = {_DISPATCH: _dispatch, "F": _Functional(_sdpa), "_flux2_kv_causal_attention": _flux2_cached}
-_ADAPTERS = {_DISPATCH: _adapter_dispatch, "F": _Functional(_adapter_sdpa)}
+_OVERRIDES = {_DISPATCH: _dispatch, "F": Functional(_sdpa), "_flux2_kv_causal_attention": _flux2_cached}
+_ADAPTERS = {_DISPATCH: _adapter_dispatch, "F": Functional(_adapter_sdpa)}
 # processors of diffusers that make a mask of what the sequence tells: the module whose `call` runs in their place
 _LEAN = {"HunyuanVideo15AttnProcessor2_0": "attn_plugins.patches.processors.hunyuan_video15"}
 
@@ -245,7 +247,7 @@ def _generate(cls: type) -> type:
     original: Callable[..., Any] = cls.__call__
     lean = _LEAN.get(cls.__name__) if cls.__module__.startswith("diffusers.") else None
     overrides = {**_OVERRIDES, **_ADAPTERS} if "IPAdapter" in cls.__name__ else _OVERRIDES
-    inner = _rebound(importlib.import_module(lean).call if lean else original, overrides)
+    inner = rebound(importlib.import_module(lean).call if lean else original, overrides)
     rotation = rotation_of(cls, original)
 
     @functools.wraps(original)  # diffusers filters keyword arguments by this signature
@@ -254,7 +256,8 @@ def _generate(cls: type) -> type:
         if layer is None:
             return original(self, attn, *args, **kwargs)
         before, before_inputs, before_plain = _running.layer, _running.inputs, _running.plain
-        _running.layer = layer
+        before_weights = _running.weights
+        _running.layer, _running.weights = layer, layer.weights_of(attn)
         if layer.wants_inputs:
             _running.inputs = (args, kwargs)
         if layer.wants_plain and rotation is not None:
@@ -262,7 +265,7 @@ def _generate(cls: type) -> type:
         try:
             return inner(self, attn, *args, **kwargs)
         finally:
-            _running.layer = before
+            _running.layer, _running.weights = before, before_weights
             if layer.wants_inputs:
                 _running.inputs = before_inputs
             if layer.wants_plain:
@@ -283,7 +286,8 @@ def _generate(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-def _rebound(function: Callable[..., Any], overrides: dict[str, Any]) -> Callable[..., Any]:
+def rebound(function: Callable[..., Any], overrides: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a plain function with some of its globals replaced: the code is the original's."""
     assert isinstance(function, types.FunctionType)  # why_not refuses the rest
     names = dict(function.__globals__)
     names.update({name: value for name, value in overrides.items() if name in names})

@@ -13,7 +13,9 @@ from torch import nn
 from attn_plugins.patches.checkpointing import Weakly, carry, checkpointing_modules, drop
 from attn_plugins.patches.context_parallel import text_is_apart
 from attn_plugins.patches.family import Family, SequenceReader, Site, Undo
+from attn_plugins.patches.inputs import listen
 from attn_plugins.patches.interception import ORIGINAL, STATE, catch_k, catch_q, intercepted, why_not
+from attn_plugins.patches.routed_projections import route
 from attn_plugins.patches.tensor_parallel import share_of_heads
 from attn_plugins.runtime import Layer, RootState
 
@@ -131,6 +133,7 @@ class ProcessorSwap:
 
     For models whose grid changes on the way, a family's `extras` may have `levels`: {class name, or expression over
     module names: reader}; and `inner_levels`, alike, for parts inside of a level, after which its grid holds again.
+    `references`: how methods get at reference images beside the text (patches/adapter_references.py).
     """
 
     def install(
@@ -144,12 +147,15 @@ class ProcessorSwap:
         undo: list[Undo] = []
         try:
             modules = [site.module for site, _ in layers]
-            swapped = Swapped(modules)
+            merging = family.extras["references"] if layers[0][1].references is not None else None
+            swapped = merging.swapped(modules) if merging else Swapped(modules)
             undo.append(swapped.restore)
             swapped.keep()
             for site, layer in layers:
                 undo.append(functools.partial(_release, site.module))
                 site.module.__dict__[STATE] = layer
+                undo += listen(site.module, layer)
+                undo += route(root, site.module, layer)
                 if layer.wants_plain:
                     for name, catch in (("norm_q", catch_q), ("norm_k", catch_k)):
                         norm = getattr(site.module, name, None)
@@ -160,6 +166,8 @@ class ProcessorSwap:
             carry(checkpointing, state)
             hook = RootHook(family.read, state, swapped, checkpointing)
             undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+            if merging:
+                undo.append(root.register_forward_pre_hook(merging.hook(state, layers), with_kwargs=True).remove)
             for module, read in _levels(root, family.extras.get("levels", {})):
                 level_hook = LevelHook(read, state)
                 undo.append(module.register_forward_pre_hook(level_hook, with_kwargs=True, prepend=True).remove)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from attn_plugins import registry
 from attn_plugins.handle import PatchHandle
 from attn_plugins.patching import patch, patched, unpatch
+from attn_plugins.pipelines.attention_projections import attention_projections
 from attn_plugins.pipelines.environment import environment
 from attn_plugins.pipelines.stopwatch import now
 from attn_plugins.pipelines.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
@@ -120,7 +119,7 @@ class AgentTuning:
             )
         make_trainable(
             model, lora=settings.lora, checkpointing=settings.checkpointing, seed=settings.seed,
-            projections=_projections(model),
+            projections=attention_projections(model),
         )  # fmt: skip
         return model.to(self.accelerator.device)
 
@@ -166,17 +165,3 @@ def _seconds(model: Any, pixels: torch.Tensor) -> float:
     start = now(pixels.device)
     logits(model, pixels)
     return now(pixels.device) - start
-
-
-def _projections(model: nn.Module) -> list[str]:
-    """The linear layers of a model's attention, by their whole names."""
-    family = registry.family_of(model)
-    if family is None:
-        raise ValueError(f"no family of models knows {type(model).__name__}: `attn-plugins families` lists them")
-    names = [
-        f"{site.name}.{name}"
-        for site in family.find_sites(model)
-        for name, part in site.module.named_modules()
-        if isinstance(part, nn.Linear)
-    ]
-    return names

@@ -20,12 +20,13 @@ FLOORS = [
     "sequence",
     "plan",
     "ops",
-    "search | metrics | training | models",
-    "method runtime schedule",
+    "search | metrics | training",
+    "models",
+    "method references runtime schedule",
     "methods | patches",
     "presets registry",
-    "patching targets selection handle measured_call measures measuring pretrained recipe record report serving "
-    "weights",
+    "patching grafting targets selection handle measured_call measures measuring pretrained recipe record report "
+    "serving weights",
     "__init__",
     "pipelines",
     "cli",

@@ -70,8 +70,10 @@ def green() -> dict[str, list[str]]:
 
 def cell(method: Method, family: Family) -> str:
     """Which attention of a family a method takes, and "presets" where settings are shipped; "-" where it takes none, or
-    brings weights and the family does not tell what they must be made for."""
-    if method.kind == "module" and family.shape is None:
+    brings weights and the family does not tell what they must be made for, or merges references that it has not."""
+    if method.kind == "module" and (family.shape is None or (method.needs_grid and not family.sized)):
+        return "-"
+    if method.needs_references and "references" not in family.extras:
         return "-"
     kinds = [kind for kind in dict.fromkeys(kind for _, kind in family.sites) if kind in method.sites]
     shipped = presets.available(method.name, family.name)

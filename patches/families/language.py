@@ -9,6 +9,7 @@ from torch import nn
 
 from attn_plugins.patches.attention_interface import AttentionInterfaceSwap
 from attn_plugins.patches.family import Family
+from attn_plugins.patches.shapes import of_attention
 from attn_plugins.sequence import Sequence
 
 _SITES = r"(?!.*vis(ion|ual))(.*\.)?layers\.\d+\.(self_attn|attention)"
@@ -42,6 +43,7 @@ def language_family(name: str, title: str, *bases: str, notes: str = "", sites: 
         read=text,
         interception=AttentionInterfaceSwap(),
         notes=notes,
+        shape=of_attention,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from attn_plugins.patches.adapter_references import IPAdapterReferences
 from attn_plugins.patches.diffusers_family import diffusers_family
 from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.grids import unet
@@ -23,8 +24,10 @@ def _family(
     root: str,
     sites: tuple[SitePattern, ...],
     levels: Mapping[str, SequenceReader],
+    references: IPAdapterReferences | None = None,
     **config: Any,
 ) -> Family:
+    more = {} if references is None else {"references": references}
     return diffusers_family(
         name,
         title,
@@ -35,17 +38,27 @@ def _family(
         config=config,
         levels=levels,
         min_tokens=MIN_TOKENS,
+        **more,
     )
 
 
 FAMILIES = (
-    _family("sd15", "Stable Diffusion 1.x / 2.x", "UNet2DConditionModel", _SITES, _LEVELS, addition_embed_type=None),
+    _family(
+        "sd15",
+        "Stable Diffusion 1.x / 2.x",
+        "UNet2DConditionModel",
+        _SITES,
+        _LEVELS,
+        IPAdapterReferences(),
+        addition_embed_type=None,
+    ),
     _family(
         "sdxl",
         "Stable Diffusion XL, Kolors",
         "UNet2DConditionModel",
         _SITES,
         _LEVELS,
+        IPAdapterReferences(),
         addition_embed_type="text_time",
     ),
     _family(

@@ -11,6 +11,7 @@ from typing import Any
 from attn_plugins.patches.attention_interface import AttentionInterfaceSwap
 from attn_plugins.patches.family import Family
 from attn_plugins.patches.grids import vision
+from attn_plugins.patches.shapes import of_attention
 
 _NOT_VISION = r"(?!.*(text|decoder|predictor))"
 _SITES = _NOT_VISION + r"(.*\.)?layers?\.\d+\.(self_attn|attention)"
@@ -28,7 +29,8 @@ def vision_family(name: str, title: str, *classes: str, sites: str = _SITES, not
         read=more.pop("read", vision.by_entry),
         interception=AttentionInterfaceSwap(),
         notes=notes,
-        shape=more.pop("shape", vision.shape),
+        shape=more.get("shape", vision.shape),
+        sized="shape" not in more,
         extras=more.pop("extras", _PATCHES),
     )
 
@@ -59,7 +61,7 @@ FAMILIES = (
         "SigLIP 2 vision (any size)",
         *_dual("Siglip2"),
         notes="Batches of pictures of different sizes stay dense.",
-        shape=None,
+        shape=of_attention,
         extras={"levels": {r"|(.*\.)?vision_model": vision.spatial_shapes}, "key_padding": True},
     ),
     vision_family("aimv2_vision", "AIMv2 vision", *_dual("Aimv2")),

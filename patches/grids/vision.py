@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from attn_plugins.method import SiteShape
 from attn_plugins.patches.grids.arguments import Args, Kwargs, TensorReading, argument
+from attn_plugins.patches.shapes import of_attention
 from attn_plugins.sequence import Sequence
 
 # parameters of an embedding module that become tokens before the patches: (D,), or (1, tokens, D)
@@ -33,18 +35,20 @@ def patches(embeddings: Any, args: Args, kwargs: Kwargs) -> Sequence | str:
 
 
 def shape(root: Any, attention: Any) -> SiteShape | str:
-    """An attention of a model that says which size of picture it is made for (`image_size`)."""
-    config = attention.config
+    """An attention of a model, and the grid if that says which size of picture it is made for (`image_size`)."""
+    found, config = of_attention(root, attention), attention.config
+    if isinstance(found, str):
+        return found
     entries = [part for name, part in root.named_modules() if name.split(".")[-1] == "embeddings" and _cut(part)]
     side = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
     if not entries or side is None:
-        return f"{type(root).__name__} is made for pictures of any size, and says of none how many patches it is"
+        why = f"{type(root).__name__} is made for pictures of any size, and says of none how many patches it is"
+        return dataclasses.replace(found, grid=why)
     cut = _cut(entries[0])
     sizes = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
     if isinstance(cut, nn.Conv3d):
         sizes = (getattr(config, "num_frames", None) or config.frames_per_clip, *sizes)
-    heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
-    return SiteShape(heads, config.hidden_size // heads, _cells(cut, sizes), _own_tokens(entries[0]))
+    return dataclasses.replace(found, grid=_cells(cut, sizes), own_tokens=_own_tokens(entries[0]))
 
 
 def _cut(embeddings: Any) -> Any:

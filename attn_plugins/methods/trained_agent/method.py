@@ -109,6 +109,7 @@ class TrainedAgent(Method):
     paper = "arXiv 2312.08874"
     config_class = TrainedAgentConfig
     sites = frozenset({"self"})
+    needs_grid = True
 
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
@@ -118,6 +119,7 @@ class TrainedAgent(Method):
 
     def weights(self, config: MethodConfig, shape: SiteShape, layer_index: int) -> nn.Module | None:
         assert isinstance(config, TrainedAgentConfig)  # patching makes it with config_class
+        assert isinstance(shape.grid, tuple)  # needs_grid
         made = AgentWeights(
             shape.heads, shape.head_dim, grid=shape.grid, agents=config.grid(shape.grid), own_tokens=shape.own_tokens,
             block=config.block, kernel=config.kernel, bias=config.bias,

@@ -1,0 +1,1 @@
+"""Model types of our own, which transformers' Auto classes load once `attn_plugins` is imported."""

@@ -1,0 +1,128 @@
+"""A small language model becomes a mixture of its specialists, and is trained on: branch, train, mix, train.
+
+The seed is trained on code, and from the same start on prose. Seed and specialists become mixtures: BTX, BAM with
+shared keys and values, BAM with each expert's own. Every mixture is trained on both texts, and so is the dense seed,
+for as many steps, and once more for as many as all runs behind a mixture have together. All are judged on the same
+held-out text of each domain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attn_plugins.models.bam.watching import watch_routers
+from attn_plugins.pipelines.environment import environment
+from attn_plugins.pipelines.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
+from attn_plugins.pipelines.upcycle_bam import upcycle
+from attn_plugins.pipelines.upcycle_options import Expert as Member
+from attn_plugins.pipelines.upcycle_options import UpcycleSettings
+from attn_plugins.training.loop import LoopSettings
+from attn_plugins.training.routers import RouterRow
+from attn_plugins.training.tasks import Task, held_out_losses, train_task
+from attn_plugins.training.tasks.mixed import MixedTask
+from attn_plugins.training.trainable import make_trainable
+
+
+class BamPretraining:
+    """The whole job.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`.
+        tasks: by domain, of language models; all load the same seed.
+        settings: of the training of a mixture; `branch` of a specialist's.
+        out: folder of the specialists, the mixtures and the dense runs.
+        method_options: by mixture, of `UpcycleSettings`; default: the three.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        tasks: Mapping[str, Task],
+        settings: LoopSettings,
+        branch: LoopSettings,
+        out: Path,
+        method_options: Mapping[str, Mapping[str, Any]] = MIXTURES,
+    ) -> None:
+        self.accelerator, self.tasks, self.out = accelerator, dict(tasks), out
+        self.settings, self.branch, self.method_options = settings, branch, method_options
+        self.mix = MixedTask(list(self.tasks.values()))
+        self.held_out: dict[str, dict[str, list[float]]] = {}
+        self.losses: dict[str, list[float]] = {}
+        self.routers: dict[str, dict[str, list[RouterRow]]] = {}
+        self.sizes: dict[str, int] = {}
+
+    def run(self, *, resume: bool = False) -> TunedBam:
+        """Everything; `resume` takes up what lies in the folder.
+
+        Raises:
+            ValueError: a folder with a run that is not to be resumed.
+        """
+        if (self.out / "branches").exists() and not resume:
+            raise ValueError(f"{self.out / 'branches'} is there already: resume that run, or give another folder")
+        seed = self.mix.load()
+        self._judge(SEED, seed)
+        self._save(seed, self.out / "branches" / SEED)
+        for domain, task in self.tasks.items():
+            self._trained(f"expert: {domain}", self.mix.load, task, self.branch, self.out / "branches" / domain)
+        for name, options in self.method_options.items():
+            start = self._upcycled(name, options)
+            self._judge(f"{name}, untrained", start())
+            self._trained(name, start, self.mix, self.settings, self.out / name)
+        self._trained(DENSE, self.mix.load, self.mix, self.settings, self.out / "dense")
+        long = self.settings.steps + len(self.tasks) * self.branch.steps
+        self._trained(
+            DENSE_LONG, self.mix.load, self.mix, dataclasses.replace(self.settings, steps=long), self.out / "dense_long"
+        )
+        return TunedBam(
+            model=type(seed).__name__, tasks={domain: repr(task) for domain, task in self.tasks.items()},
+            unit=self.mix.unit, settings=dataclasses.asdict(self.settings), branch=dataclasses.asdict(self.branch),
+            processes=self.accelerator.num_processes, sizes=self.sizes, held_out=self.held_out, losses=self.losses,
+            routers=self.routers, environment=environment(),
+        )  # fmt: skip
+
+    def _trained(self, name: str, load: Callable[[], Any], task: Task, settings: LoopSettings, folder: Path) -> None:
+        model = load()
+        make_trainable(model, checkpointing=settings.checkpointing)
+        model.to(self.accelerator.device)
+        joined = getattr(model, "joined", None)  # a mixture adds its routers' losses there
+        self.losses[name] = train_task(
+            self.accelerator, model, task, settings, folder / "checkpoint", resume=True, title=name,
+            joined=None if joined is None else model.joined,
+        )  # fmt: skip
+        self._save(model, folder)
+        self._judge(name, model)
+
+    def _upcycled(self, name: str, options: Mapping[str, Any]) -> Callable[[], Any]:
+        from transformers import AutoModelForCausalLM
+
+        folder, branches = self.out / name / "start", self.out / "branches"
+        if self.accelerator.is_main_process and not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            experts = tuple(Member(str(branches / domain), domain) for domain in self.tasks)
+            upcycle(UpcycleSettings(str(branches / SEED), experts, **options), folder)
+        self.accelerator.wait_for_everyone()
+        return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def _save(self, model: Any, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _judge(self, name: str, model: Any) -> None:
+        """Losses by domain; of a mixture, what its routers did with each."""
+        model.to(self.accelerator.device)
+        self.sizes[name] = sum(part.numel() for part in model.parameters())
+        routed = hasattr(model, "joined")
+        for domain, task in self.tasks.items():
+            watch = watch_routers(model) if routed else None
+            found = held_out_losses(self.accelerator, model, task, self.settings.held_out)
+            self.held_out.setdefault(name, {})[domain] = found
+            if watch is not None:
+                rows = watch.rows(lambda sums: self.accelerator.reduce(sums.to(self.accelerator.device), "sum"))
+                self.routers.setdefault(name, {})[domain] = rows
+                watch.close()
