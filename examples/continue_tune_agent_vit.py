@@ -14,11 +14,9 @@ import argparse
 import functools
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
 from attn_plugins.pipelines.cli_values import options as read_options
 from attn_plugins.pipelines.continue_tune_vit import AgentTuning, small_dense_model
+from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
 from attn_plugins.training.loop import LoopSettings
 from attn_plugins.training.pictures import DigitPictures, PictureFolder
 
@@ -32,39 +30,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--speeds", type=int, nargs="+", default=[224, 448, 896], help="px, of the pictures whose forward is timed")
     add("--start-steps", type=int, default=2000, help="of the small ViT's own training")
     add("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of trained_agent: agents=25")
-    add("--out", type=Path, default=Path("out/agent_vit"))
-    add("--resume", action="store_true", help="take up what --out has; to the bit what it had been without a stop")
-    add("--no-dense", action="store_true", help="skip the dense run, to which the one with agents is compared")
-    add("--lora", type=int, default=0, metavar="RANK", help="train a LoRA and the agents' weights; default: everything")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward: slower, less memory")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says, else no")
-    add("--threads", type=int, default=0, help="of the CPU; 0 leaves PyTorch's own choice")
-    for name, default, text in (
-        ("steps", 500, "of the optimizer"),
-        ("batch", 16, "pictures a step and process"),
-        ("lr", 5e-4, "peak rate of AdamW"),
-        ("seed", 0, "of the data and a LoRA"),
-        ("save_every", 250, "steps between checkpoints"),
-        ("held_out", 1000, "pictures that models are judged on"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text}; default {default}")
+    defaults = LoopSettings(steps=500, batch=16, lr=5e-4, save_every=250, held_out=1000)
+    words = {"batch": "pictures a step and process", "seed": "of data and LoRA", "held_out": "pictures to judge on"}
+    add_loop_arguments(
+        parser, Path("out/agent_vit"), defaults, words, lora="a LoRA and the agents", dense="the one with agents"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     data = PictureFolder(args.data, args.size, args.seed) if args.data else DigitPictures(args.size, args.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = accelerator_of(args)
     if args.model:
         from transformers import AutoModelForImageClassification
 
         load = functools.partial(AutoModelForImageClassification.from_pretrained, args.model)
     else:
         load = small_dense_model(accelerator, data, args.size, args.start_steps, args.out / "start", args.seed)
-    names = ("steps", "batch", "lr", "seed", "save_every", "held_out", "lora", "checkpointing")
-    settings = LoopSettings(**{name: getattr(args, name) for name in names})
+    settings = LoopSettings(**loop_options(args))
     job = AgentTuning(accelerator, load, data, settings, args.out, read_options(args.option), args.speeds)
     tuned = job.run(dense=not args.no_dense, resume=args.resume)
     if accelerator.is_main_process:

@@ -15,11 +15,9 @@ what was measured.
 import argparse
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
 from attn_plugins.pipelines.cli_values import options as read_options
 from attn_plugins.pipelines.continue_tune_moh import MoHTuning
+from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
 from attn_plugins.pipelines.tasks import KINDS, task_of, trained_start
 from attn_plugins.training.loop import LoopSettings
 
@@ -36,33 +34,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of routers and calibration")
     add("--calibration", type=int, default=16, help="batches")
     add("--balance", type=float, default=0.01, help="weight of the balance loss of router=learned")
-    add("--out", type=Path, default=Path("out/moh"))
-    add("--resume", action="store_true", help="take up what --out has; to the bit what it had been without a stop")
-    add("--no-dense", action="store_true", help="skip the dense run, to which the mixture is compared")
-    add("--lora", type=int, default=0, metavar="RANK", help="train a LoRA and the routers; default: everything")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward: slower, less memory")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says, else no")
-    add("--threads", type=int, default=0, help="of the CPU; 0 leaves PyTorch's own choice")
-    for name, default, text in (
-        ("steps", 150, "of the optimizer"),
-        ("batch", 8, "items a step and process"),
-        ("length", 256, "of a row of text, tokens"),
-        ("lr", 3e-4, "peak rate of AdamW"),
-        ("seed", 0, "of the data and a LoRA"),
-        ("save_every", 50, "steps between checkpoints"),
-        ("held_out", 200, "items that models are judged on"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text}; default {default}")
+    defaults = LoopSettings(steps=150, batch=8, lr=3e-4, save_every=50, held_out=200)
+    words = {"batch": "items a step and process", "seed": "of data and LoRA", "held_out": "items to judge models on"}
+    add("--length", type=int, default=256, help="of a row of text, tokens")
+    add_loop_arguments(
+        parser, Path("out/moh"), defaults, words, lora="a LoRA, and learned routers", dense="the mixture"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.accelerator.is_available())
-    names = ("steps", "batch", "lr", "seed", "save_every", "held_out", "lora", "checkpointing")
-    settings = LoopSettings(**{name: getattr(args, name) for name in names})
+    accelerator, settings = accelerator_of(args), LoopSettings(**loop_options(args))
     start = trained_start(accelerator, args.out / "start", LoopSettings(steps=args.start_steps, batch=16, lr=2e-3))
     task = task_of(
         args.kind, args.model, args.data, length=args.length, held_out=args.held_out, size=args.size, start=start

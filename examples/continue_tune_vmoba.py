@@ -14,11 +14,11 @@ import functools
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from attn_plugins.pipelines.cli_values import options as read_options
 from attn_plugins.pipelines.continue_tune import ContinueTuning, preset_options
 from attn_plugins.pipelines.demo_model import asset_folder
+from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
 from attn_plugins.pipelines.wan_checkpoint import load_wan, wan_shift
 from attn_plugins.registry import method as known_method
 from attn_plugins.training.tuning import TuneSettings
@@ -30,7 +30,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = parser.add_argument, TuneSettings()
+    add = parser.add_argument
     add("--model", default=str(asset_folder()), help="folder (or hub name) of a WanPipeline; default: the embedded one")
     add(
         "--data", type=Path, help="folder of .safetensors files, a video each: latents (C, T, H, W), normalised as the "
@@ -42,44 +42,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", help="by name; default: the method's for training, if it has one. Scaled to the grid")
     add("--quality", help="of the preset: safe, balanced or fast")
     add("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of the method: tau=0.35")
-    add("--out", type=Path, default=Path("out/continue_tune"))
-    add("--resume", action="store_true", help="take up what --out has; to the bit what it had been without a stop")
-    add("--no-dense", action="store_true", help="skip the dense run, to which the sparse one is compared")
-    add("--lora", type=int, default=0, metavar="RANK", help="train a LoRA of the attention; default: all weights")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward: slower, less memory")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says, else no")
     add("--shift", type=float, help="of the noise levels; default: what the checkpoint's scheduler has")
-    add("--threads", type=int, default=0, help="of the CPU; 0 leaves PyTorch's own choice")
-    for name, text in (
-        ("steps", "of the optimizer"),
-        ("batch", "videos a step and process"),
-        ("lr", "peak rate of AdamW; 1e-5 is usual for all weights of a large model"),
-        ("seed", "of the data, the noise and a LoRA"),
-        ("save_every", "steps between checkpoints"),
-        ("held_out", "videos of the held-out loss"),
-    ):
-        value = getattr(default, name)
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text}; default {value}")
+    words = {
+        "batch": "videos a step and process", "seed": "of the data, the noise and a LoRA",
+        "lr": "peak rate of AdamW; 1e-5 is usual for all weights of a large model",
+        "held_out": "videos of the held-out loss",
+    }  # fmt: skip
+    add_loop_arguments(
+        parser, Path("out/continue_tune"), TuneSettings(), words, lora="a LoRA of the attention", dense="the sparse one"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     known_method(args.method)  # an unknown name should fail before a model is loaded
     preset, quality = TRAINING_PRESETS.get(args.method, (None, "balanced"))
     preset, quality = args.preset or preset, args.quality or quality
     options = preset_options(args.method, preset, quality) if preset else {"quality": quality}
     options |= read_options(args.option)
     data = LatentFolder(args.data, args.seed) if args.data else MovingDigits(args.frames, args.size, args.seed)
-    # without an accelerator accelerate has to be told, or several processes do not find each other
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = accelerator_of(args)
     # what a LoRA leaves alone may be in half precision, what is trained may not
     dtype = HALF.get(accelerator.mixed_precision, torch.float32) if args.lora else torch.float32
-    names = ("steps", "batch", "lr", "seed", "save_every", "held_out", "lora", "checkpointing")
-    chosen = {name: getattr(args, name) for name in names}
-    settings = TuneSettings(**chosen, shift=args.shift or wan_shift(args.model))
+    settings = TuneSettings(**loop_options(args), shift=args.shift or wan_shift(args.model))
     load = functools.partial(load_wan, args.model, dtype)
     job = ContinueTuning(accelerator, load, data, settings, args.out, args.method, options)
     tuned = job.run(dense=not args.no_dense, resume=args.resume)

@@ -9,6 +9,7 @@ held-out text of each domain.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ class BamPretraining:
     ) -> None:
         self.accelerator, self.tasks, self.out = accelerator, dict(tasks), out
         self.settings, self.branch, self.method_options = settings, branch, method_options
+        odd = [name for name in self.tasks if name == SEED or Path(name).name != name]
+        if odd:
+            raise ValueError(f"the domain {odd[0]!r} is no name of a folder beside {SEED!r}: give another name")
         self.mix = MixedTask(list(self.tasks.values()))
         self.held_out: dict[str, dict[str, list[float]]] = {}
         self.losses: dict[str, list[float]] = {}
@@ -64,19 +68,19 @@ class BamPretraining:
         """
         if (self.out / "branches").exists() and not resume:
             raise ValueError(f"{self.out / 'branches'} is there already: resume that run, or give another folder")
-        seed = self.mix.load()
+        seed = self._seed()
         self._judge(SEED, seed)
         self._save(seed, self.out / "branches" / SEED)
         for domain, task in self.tasks.items():
-            self._trained(f"expert: {domain}", self.mix.load, task, self.branch, self.out / "branches" / domain)
+            self._trained(f"expert: {domain}", self._seed, task, self.branch, self.out / "branches" / domain)
         for name, options in self.method_options.items():
             start = self._upcycled(name, options)
             self._judge(f"{name}, untrained", start())
             self._trained(name, start, self.mix, self.settings, self.out / name)
-        self._trained(DENSE, self.mix.load, self.mix, self.settings, self.out / "dense")
+        self._trained(DENSE, self._seed, self.mix, self.settings, self.out / "dense")
         long = self.settings.steps + len(self.tasks) * self.branch.steps
         self._trained(
-            DENSE_LONG, self.mix.load, self.mix, dataclasses.replace(self.settings, steps=long), self.out / "dense_long"
+            DENSE_LONG, self._seed, self.mix, dataclasses.replace(self.settings, steps=long), self.out / "dense_long"
         )
         return TunedBam(
             model=type(seed).__name__, tasks={domain: repr(task) for domain, task in self.tasks.items()},
@@ -84,6 +88,10 @@ class BamPretraining:
             processes=self.accelerator.num_processes, sizes=self.sizes, held_out=self.held_out, losses=self.losses,
             routers=self.routers, environment=environment(),
         )  # fmt: skip
+
+    def _seed(self) -> Any:
+        """In float32 whatever it was saved in, as the mixtures are: all are trained alike."""
+        return self.mix.load().float()
 
     def _trained(self, name: str, load: Callable[[], Any], task: Task, settings: LoopSettings, folder: Path) -> None:
         model = load()
@@ -103,6 +111,8 @@ class BamPretraining:
         folder, branches = self.out / name / "start", self.out / "branches"
         if self.accelerator.is_main_process and not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
+            # An unfinished one cannot go on: the experts' files have been written again since.
+            shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
             experts = tuple(Member(str(branches / domain), domain) for domain in self.tasks)
             upcycle(UpcycleSettings(str(branches / SEED), experts, **options), folder)
         self.accelerator.wait_for_everyone()

@@ -6,6 +6,7 @@ gets its name when it is whole; a run that was interrupted goes on after the las
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from attn_plugins.pipelines.upcycle_options import UpcycleSettings
 from attn_plugins.pipelines.upcycle_report import UpcycleReport, report
 from attn_plugins.pipelines.upcycle_routers import rows_of_prompts
 from attn_plugins.pipelines.upcycle_tensors import Mixing
-from attn_plugins.pipelines.upcycle_writer import shards, write_shard, write_text
+from attn_plugins.pipelines.upcycle_writer import alone, shards, write_shard, write_text
 
 REPORT, STATE = "upcycle.json", "unfinished.json"
 SHARD = 4_000_000_000  # bytes
@@ -104,7 +105,8 @@ def upcycle(
         The report, which lies in `out` as upcycle.json too.
 
     Raises:
-        ValueError: experts that cannot be mixed; an unfinished run of something else in the way.
+        ValueError: experts that cannot be mixed; an unfinished run of something else in the way, or
+            another run that is still writing there.
         FileExistsError: `out` is there.
         OSError: the disk has no room.
     """
@@ -115,21 +117,27 @@ def upcycle(
     work = out.with_name(out.name + ".unfinished")
     mixing, state = found.mixing, found.state(shard)
     files = shards(dict(mixing.shapes), mixing.dtype, shard)
-    done = _resume(work, state)
-    rest = [name for file, names in files.items() if file not in done for name in names]
-    checks.room_for(out.parent, sum(bytes_of(mixing.shapes[name], mixing.dtype) for name in rest))
-    if found.settings.router_init == "hidden" and rest:
-        mixing = _with_routers(found)
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(work / STATE, json.dumps(state))
-    for file, names in files.items():
-        if file in done:
-            tick(file, sum(bytes_of(mixing.shapes[name], mixing.dtype) for name in names))
-        else:
-            write_shard(work / file, names, dict(mixing.shapes), mixing.dtype, mixing.pieces, tick)
-    _write_rest(found, files, work)
-    _verify(found, files, work)
-    os.replace(work, out)
+    with contextlib.ExitStack() as held:
+        there = work.exists()
+        if there:
+            held.enter_context(alone(work))
+        done = _resume(work, state)
+        rest = [name for file, names in files.items() if file not in done for name in names]
+        checks.room_for(out.parent, sum(bytes_of(mixing.shapes[name], mixing.dtype) for name in rest))
+        if found.settings.router_init == "hidden" and rest:
+            mixing = _with_routers(found)
+        work.mkdir(parents=True, exist_ok=True)
+        if not there:
+            held.enter_context(alone(work))
+        write_text(work / STATE, json.dumps(state))
+        for file, names in files.items():
+            if file in done:
+                tick(file, sum(bytes_of(mixing.shapes[name], mixing.dtype) for name in names))
+            else:
+                write_shard(work / file, names, dict(mixing.shapes), mixing.dtype, mixing.pieces, tick)
+        _write_rest(found, files, work)
+        _verify(found, files, work)
+        os.replace(work, out)
     (out / STATE).unlink()
     return found.report
 

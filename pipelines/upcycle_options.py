@@ -20,6 +20,7 @@ dtype: bfloat16                        # default: the base's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class UpcycleSettings:
         _legal("attention.experts", self.attention, ("all_params", "shared_kv") if self.method == "bam" else ("mean",))
         if self.dtype is not None:
             _legal("dtype", self.dtype, DTYPES)
+        _numbers(self)
         if self.method == "sparse_upcycle":
             if self.experts or not self.num_experts or self.router_init != "random":
                 raise ValueError(
@@ -122,9 +124,10 @@ class UpcycleSettings:
         _keys("the file", told, _TOP)
         if "base_model" not in told:
             raise ValueError("base_model is missing")
+        _lists(told, "experts", "base_prompts")
         _legal("merge", told.get("merge", "mean"), ("mean",))
         method = told.get("method", "bam")
-        attention, ffn, losses = (told.get(part) or {} for part in ("attention", "ffn", "losses"))
+        attention, ffn, losses = (_part(told, part) for part in ("attention", "ffn", "losses"))
         _keys("attention", attention, ("experts", "router"))
         _keys("ffn", ffn, ("top_k", "gate"))
         _keys("losses", losses, ("balance", "z"))
@@ -133,7 +136,7 @@ class UpcycleSettings:
             raise ValueError(f"attention is for method: bam; {method} has one attention, the mean of its experts'")
         plain = {key: told[key] for key in _PLAIN if key in told}
         return cls(
-            _place(told["base_model"], folder),
+            _place("base_model", told["base_model"], folder),
             tuple(_expert(row, number, folder) for number, row in enumerate(told.get("experts") or ())),
             method,
             base_prompts=tuple(told.get("base_prompts") or ()),
@@ -152,14 +155,45 @@ def _expert(row: Any, number: int, folder: Path) -> Expert:
     _keys(f"experts[{number}]", row, ("source_model", "name", "positive_prompts"))
     if "source_model" not in row:
         raise ValueError(f"experts[{number}] has no source_model")
-    source = _place(row["source_model"], folder)
+    source = _place(f"experts[{number}].source_model", row["source_model"], folder)
+    _lists(row, "positive_prompts")
     return Expert(source, row.get("name") or Path(source).name, tuple(row.get("positive_prompts") or ()))
 
 
-def _place(source: Any, folder: Path) -> str:
+def _place(what: str, source: Any, folder: Path) -> str:
     """A folder beside the file, else as it is said: a path, or a name on the Hub."""
-    beside = folder / str(source)
-    return str(beside) if beside.is_dir() else str(source)
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"{what}={source!r}: give a folder, or a name on the Hub")
+    beside = folder / source
+    return str(beside) if beside.is_dir() else source
+
+
+def _part(told: Mapping[str, Any], name: str) -> Any:
+    return {} if told.get(name) is None else told[name]
+
+
+def _lists(told: Mapping[str, Any], *names: str) -> None:
+    """A text alone would be taken for a list of its letters."""
+    for name in names:
+        value = told.get(name)
+        texts = name.endswith("prompts")
+        if value is not None and (
+            not isinstance(value, list) or texts and not all(isinstance(text, str) for text in value)
+        ):
+            raise ValueError(f"{name}={value!r}: give a list{' of texts' if texts else ''}")
+
+
+def _numbers(settings: UpcycleSettings) -> None:
+    for name in ("include_base", "allow_identical"):
+        if not isinstance(getattr(settings, name), bool):
+            raise ValueError(f"{name}={getattr(settings, name)!r}: legal are true, false")
+    whole = (("ffn.top_k", settings.top_k), ("seed", settings.seed), ("num_experts", settings.num_experts))
+    for name, number in whole:
+        if number is not None and (type(number) is not int or not 0 <= number < 1 << 32):
+            raise ValueError(f"{name}={number!r}: give a whole number from 0 to {(1 << 32) - 1}")
+    for name, number in (("losses.balance", settings.balance), ("losses.z", settings.z)):
+        if type(number) not in (int, float) or not 0 <= number < math.inf:
+            raise ValueError(f"{name}={number!r}: give a number of 0 or more (to YAML, 1e-2 is a text: write 1.0e-2)")
 
 
 def _keys(what: str, told: Any, legal: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@ be in memory. A shard gets its name when it is whole and on the disk."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -74,6 +75,32 @@ def write_shard(
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process is: two that wrote the same files would rename each other's unfinished ones. The system
+    lets go of it when a process ends, however that was.
+
+    Raises:
+        ValueError: another one is.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open cannot be replaced
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another run is writing there; wait for it, or give another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(held)
 
 
 def write_text(path: Path, text: str) -> None:
