@@ -140,7 +140,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Base of the methods' configs: frozen, comparable, made from plain YAML values."""
+    """Base of the methods' configs: frozen, comparable, made from plain YAML values.
+
+    `binding`: options without which a file's weights mean something else; weights of others are not loaded.
+    """
+
+    binding: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_options(cls, **options: Any) -> MethodConfig:

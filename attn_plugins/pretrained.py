@@ -134,7 +134,12 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     saved = {name.removeprefix("base_model.model."): t.shape for name, t in load_peft_weights(str(folder)).items()}
     bring = [name for name in registry.method_names() if registry.method(name).kind == "module"]
     ours = {name: method for name in saved for method in bring if f".{method}." in name}
-    strange = [name for name in ours if held.get(name) != saved[name] and ".lora_" not in name]
+    modules = {name.rpartition(".")[0] for name in held}
+    strange = [
+        name
+        for name in ours
+        if (name.partition(".lora_")[0] not in modules if ".lora_" in name else held.get(name) != saved[name])
+    ]
     if strange:
         method = ours[strange[0]]
         raise ValueError(

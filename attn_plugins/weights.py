@@ -73,7 +73,8 @@ def attach(root: nn.Module, patched: Patched, made: Mapping[str, Make]) -> None:
             raise ValueError(
                 f"{layer.name} has an attribute {name!r} already: the method's weights have no place there"
             )
-        like, weights = _like(module, root), made[layer.name]()
+        with torch.device("cpu"):  # whatever the default device is: they are drawn there
+            like, weights = _like(module, root), made[layer.name]()
         if weights is None:
             continue
         weights = weights.to(device=like.device, dtype=like.dtype).train(module.training)
@@ -113,7 +114,7 @@ def save(root: nn.Module, patched: Patched, folder: str | Path) -> Path:
     tensors = {
         f"{layer.name}.{layer.weights}.{name}": tensor.detach().contiguous()
         for layer, weights in modules(root, patched)
-        for name, tensor in weights.state_dict().items()  # buffers too
+        for name, tensor in _own_state(weights).items()  # buffers too
     }
     if not tensors and not patched.kept:
         raise ValueError(f"method {patched.method!r} has no weights to save: handle.save(path) writes a recipe")
@@ -147,12 +148,13 @@ def load(root: nn.Module, patched: Patched, folder: str | Path) -> None:
     """Fill the weights of a patched model from a folder, all of them and nothing else.
 
     Raises:
-        ValueError: tensors that are missing, or that the patch has no place for; the message names some.
+        ValueError: tensors that are missing, or that the patch has no place for; the message names some; or of another
+            setting, with which the same tensors mean something else.
     """
     saved = _tensors(Path(folder), patched.method)
     wanted: dict[str, set[str]] = {layer.name: set() for layer in patched.layers}
     for one, weights in modules(root, patched):
-        wanted[one.name] = set(weights.state_dict())
+        wanted[one.name] = set(_own_state(weights))
     rows = [set(row["sites"]) for row in read(folder) if row["method"] == patched.method]
     mine = set[str]().union(*(sites for sites in rows if sites & wanted.keys()))
     there = _paired(sorted(wanted.keys() | set[str]().union(*rows)), list(saved))
@@ -165,8 +167,12 @@ def load(root: nn.Module, patched: Patched, folder: str | Path) -> None:
             f"{folder} is not of this patch: it lacks {len(lacks)} tensors{_such_as(lacks)} and has {len(extra)} that "
             f"the patch has not{_such_as(extra)}. attn_plugins.load patches with the settings that were saved"
         )
+    for row in read(folder):
+        if row["method"] == patched.method and set(row["sites"]) & wanted.keys():
+            _same_setting(folder, patched.config, type(patched.config).from_options(**row["options"]))
     for one, weights in modules(root, patched):
-        weights.load_state_dict(saved[there[one.name]])
+        given, names = saved[there[one.name]], _own_names(weights)
+        weights.load_state_dict({names[own]: given[own] for own in names}, strict=False)  # a LoRA's are not there
 
 
 def _tensors(folder: Path, method: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -206,6 +212,29 @@ def _unwrapped(weights: nn.Module) -> nn.Module:
         return weights
     active = getattr(weights, "active_adapters", None) or [weights.active_adapter]
     return next((copies[name] for name in active if name in copies), weights.original_module)  # type: ignore[return-value]
+
+
+def _same_setting(folder: str | Path, mine: MethodConfig, saved: MethodConfig) -> None:
+    for name in mine.binding:
+        if getattr(mine, name) != getattr(saved, name):
+            raise ValueError(
+                f"{folder} is of {name}={getattr(saved, name)!r}, the patch of {name}={getattr(mine, name)!r}: "
+                "attn_plugins.load patches with the settings that were saved"
+            )
+
+
+def _own_names(weights: nn.Module) -> dict[str, str]:
+    """The names that the weights' tensors have by themselves -> those in the state dict: PEFT puts linear layers under
+    `base_layer`, and beside them what is the adapter's, and is left out here."""
+    names = list(weights.state_dict())
+    around = {name.partition("base_layer.")[0] for name in names if ".base_layer." in f".{name}"}
+    own = [name for name in names if "base_layer." in name or not any(name.startswith(part) for part in around)]
+    return {name.replace("base_layer.", ""): name for name in own}
+
+
+def _own_state(weights: nn.Module) -> dict[str, torch.Tensor]:
+    state = weights.state_dict()
+    return {own: state[name] for own, name in _own_names(weights).items()}
 
 
 def _such_as(names: list[str]) -> str:

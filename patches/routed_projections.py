@@ -63,8 +63,7 @@ class RoutedOutput(nn.Linear):
     """Heads that were not computed are 0, and are left out."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        served = self.__dict__[ROUTED].layer.root.moment.served
-        shares = _shares(self, x, self.in_features) if served else None
+        shares = _shares(self, x, self.in_features, served=True)
         if shares is None:
             return F.linear(x, self.weight, self.bias)
         tokens = x.flatten(0, -2)
@@ -77,12 +76,17 @@ class RoutedOutput(nn.Linear):
         return out.view(*x.shape[:-1], -1)
 
 
-def _shares(linear: nn.Linear, x: torch.Tensor, channels: int) -> Iterator[_Share] | None:
-    """What is to be computed; None: everything."""
-    layer, head_dim = linear.__dict__[ROUTED]
+def _shares(linear: nn.Linear, x: torch.Tensor, channels: int, served: bool = False) -> Iterator[_Share] | None:
+    """What is to be computed; None: everything. `served`: only once the method has run."""
+    held = linear.__dict__.get(ROUTED)
+    if held is None:  # unpatched, but someone (accelerate's hooks) kept this forward
+        return None
+    layer, head_dim = held
     routing = layer.prepared
     if (
         torch.compiler.is_compiling()
+        or x.is_meta
+        or (served and not layer.root.moment.served)
         or getattr(routing, "gates", None) is None
         or torch.is_autocast_enabled(x.device.type)
     ):

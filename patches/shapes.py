@@ -12,7 +12,8 @@ from attn_plugins.method import SiteShape
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 _DIM = ("head_dim", "attention_head_size", "head_size", "dim_head")
 _QUERY = ("q_proj", "to_q", "query", "to_query")
-_FUSED = ("qkv_proj", "query_key_value", "qkv", "to_qkv", "to_qkv_mlp_proj")
+_PLAIN_FUSED = ("qkv_proj", "query_key_value", "qkv", "to_qkv")
+_FUSED = (*_PLAIN_FUSED, "to_qkv_mlp_proj")
 _KEY = ("k_proj", "to_k", "key", "to_key")
 _NORMS = ("q_norm", "norm_q", "query_norm", "q_layernorm", "query_layernorm")
 _OUTPUT = ("o_proj", "to_out.0", "to_out", "out_proj", "dense", "proj", "projection_layer", "out_layer")
@@ -27,6 +28,8 @@ def of_attention(root: Any, attention: Any) -> SiteShape | str:
     if not heads or entry is None:
         return f"{type(attention).__name__} of {type(root).__name__} does not tell the sizes of its attention layers"
     dim = _number(attention, _DIM) or (query.out_features // heads if query else entry.in_features // heads)
+    if query is not None and query.out_features % dim == 0:
+        heads = query.out_features // dim  # a mixture's attention has those of all experts, its config those of one
     key = _linear(attention, _KEY)
     groups = _number(attention, ("num_key_value_groups",))
     if groups:
@@ -35,6 +38,9 @@ def of_attention(root: Any, attention: Any) -> SiteShape | str:
         kv_heads = key.out_features // dim
     else:
         kv_heads = _number(config, ("num_key_value_heads",)) or heads
+    if entry is _linear(attention, _PLAIN_FUSED):  # likewise
+        wide = max(entry.out_features // ((heads + 2 * kv_heads) * dim), 1)
+        heads, kv_heads = wide * heads, wide * kv_heads
     return SiteShape(
         heads, dim, width=entry.in_features, kv_heads=kv_heads, q_norm=_norms_each_head(attention, heads * dim),
         output=_fitting(attention, output_name(attention), heads * dim),

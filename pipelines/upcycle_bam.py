@@ -118,7 +118,7 @@ def upcycle(
     mixing, state = found.mixing, found.state(shard)
     files = shards(dict(mixing.shapes), mixing.dtype, shard)
     with contextlib.ExitStack() as held:
-        there = work.exists()
+        there = work.is_dir()
         if there:
             held.enter_context(alone(work))
         done = _resume(work, state)
@@ -184,8 +184,11 @@ def _resume(work: Path, state: dict[str, Any]) -> set[str]:
     """The whole shards of an interrupted run; files that are not whole are removed."""
     if not work.exists():
         return set()
-    before = work / STATE
-    if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != state:
+    try:
+        before = json.loads((work / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if before != state:
         raise ValueError(
             f"{work} holds an unfinished run with other settings or other experts, or none that can be told: remove "
             "it first"

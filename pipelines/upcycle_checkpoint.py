@@ -88,12 +88,13 @@ def read_header(path: Path) -> dict[str, Any]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is no JSON") from error
-    header.pop("__metadata__", None)
-    promised = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+            header.pop("__metadata__", None)
+            promised = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{path} is no safetensors file: its header does not say what is in it") from error
     if size != promised:
-        raise ValueError(f"{path} is truncated: {size:,} bytes, where its header promises {promised:,}")
+        what = "truncated" if size < promised else "damaged"
+        raise ValueError(f"{path} is {what}: {size:,} bytes, where its header promises {promised:,}")
     return header
 
 
@@ -121,9 +122,12 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     """Shard -> the names that the index says are in it; every file there, or an error."""
     found: dict[Path, set[str]] = {}
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        for name, file in weight_map.items():
-            found.setdefault(folder / file, set()).add(name)
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            for name, file in weight_map.items():
+                found.setdefault(folder / file, set()).add(name)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} does not say which shard has what: it is damaged") from error
     elif (folder / SINGLE).is_file():
         found[folder / SINGLE] = set()
     else:

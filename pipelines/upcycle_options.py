@@ -191,9 +191,9 @@ def _numbers(settings: UpcycleSettings) -> None:
     for name, number in whole:
         if number is not None and (type(number) is not int or not 0 <= number < 1 << 32):
             raise ValueError(f"{name}={number!r}: give a whole number from 0 to {(1 << 32) - 1}")
-    for name, number in (("losses.balance", settings.balance), ("losses.z", settings.z)):
-        if type(number) not in (int, float) or not 0 <= number < math.inf:
-            raise ValueError(f"{name}={number!r}: give a number of 0 or more (to YAML, 1e-2 is a text: write 1.0e-2)")
+    for name, weight in (("losses.balance", settings.balance), ("losses.z", settings.z)):
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name}={weight!r}: give a number of 0 or more (to YAML, 1e-2 is a text: write 1.0e-2)")
 
 
 def _keys(what: str, told: Any, legal: tuple[str, ...]) -> None:

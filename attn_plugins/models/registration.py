@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
+# The file of a dense config imports the Auto classes, if it is what is imported first: it has no class yet then.
+ONE_CONFIG = "transformers.models.", ".configuration_"
 
 
 def register() -> None:
@@ -53,7 +55,7 @@ class _Waiting(MetaPathFinder):
         self.running: set[str] = set()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if self.asking or name not in (CONFIGS, MODELS):
+        if self.asking or not (name in (CONFIGS, MODELS) or name.startswith(ONE_CONFIG[0]) and ONE_CONFIG[1] in name):
             return None
         self.asking = True  # the next line asks all finders
         try:
@@ -65,7 +67,8 @@ class _Waiting(MetaPathFinder):
         return spec
 
     def imported(self) -> None:
-        """One of the two has run. Configs of transformers read tables of the other, so that may not be half done."""
+        """One of them has run. Configs of transformers read tables of the others, and ours are made of theirs: none may
+        be half done."""
         if self in sys.meta_path and CONFIGS in sys.modules and not self.running:
             sys.meta_path.remove(self)
             _register_or_warn()

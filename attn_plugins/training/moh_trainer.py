@@ -40,7 +40,9 @@ class MoHTrainer(Trainer):
         if model.training:
             # a sum over the tokens of all accumulated batches is not divided by their number
             divided = num_items_in_batch is None or not self.model_accepts_loss_kwargs
-            loss = self.watch.joined(loss, 1.0 if divided else 1 / self.args.gradient_accumulation_steps)
+            divided = divided and self.compute_loss_func is None
+            parts = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+            loss = self.watch.joined(loss, 1.0 if divided else 1 / parts)  # an epoch's last step may have fewer
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -75,7 +75,8 @@ class RouterWatch:
 
     def close(self) -> None:
         for layer in self._held:
-            layer.watch = None
+            if layer.watch in self.layers:  # not a later watch's
+                layer.watch = None
         self._held.clear()
 
     def joined(self, loss: torch.Tensor, share: float = 1.0) -> torch.Tensor:

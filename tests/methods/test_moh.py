@@ -225,6 +225,12 @@ def test_numbers_that_do_not_fit_a_layer(options: dict[str, Any], words: str) ->
         MoHConfig(**options).budget(8, 2)
 
 
+def test_a_single_group_is_nothing_to_choose_from() -> None:
+    with pytest.raises(ValueError, match="the 8 heads of a layer share one KV head"):
+        MoHConfig(active=0.5, granularity="group").budget(8, 8)
+    assert MoHConfig(active=8, granularity="group").budget(8, 8) == Budget(1, 0, 1, 8)
+
+
 def test_what_auto_is() -> None:
     method, plain, normed = MoH(), SiteShape(32, 128, kv_heads=8), SiteShape(32, 128, kv_heads=8, q_norm=True)
 

@@ -12,11 +12,13 @@ pytest.importorskip("transformers")
 
 from attn_plugins.method import AttentionCall
 from attn_plugins.methods.moh import MoHConfig, MoHProcessor, Routing
+from attn_plugins.weights import modules as modules_of
 from tests.support import tiny_vision
 from tests.support.moh import patch, scrambled
 from tests.support.tiny import randn
 from tests.support.tiny_language import positions, prompt, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:attn_plugins. skip_projections")
 ROUTED = {"router": "learned", "active": 0.75}
 
 
@@ -118,3 +120,40 @@ def test_threads_route_their_own_tokens() -> None:
         thread.join()
     for one, other in zip(found, want, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("router", ["learned", "ridge", "query_norm"])
+def test_shapes_alone_go_through_on_meta(router: str) -> None:
+    model = tiny("Llama").to("meta")
+    patch(model, router=router, active=0.5, skip_projections=router != "query_norm")
+    ids = torch.zeros(2, 600, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        assert model(ids).logits.shape[:2] == (2, 600)
+
+
+def test_patching_under_another_default_device() -> None:
+    model, other = tiny("Llama"), tiny("Llama")
+    patch(model, **ROUTED)
+    with torch.device("meta"):
+        patch(other, **ROUTED)
+    for (name, found), want in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(found, want), name
+
+
+@pytest.mark.parametrize("mode", ["all_params", "shared_kv", "mean"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_mixtures_of_bam_have_the_heads_of_all_their_experts(name: str, mode: str) -> None:
+    from attn_plugins.methods.moh import calibrate
+    from tests.support import bam
+
+    model, ids = bam.mixture(name, mode), bam.ids()
+    want = model(ids).logits
+    heads = 4 if mode == "mean" else 12
+    for active, router in ((1.0, "ridge"), (0.5, "ridge"), (0.5, "learned")):
+        handle = patch(model, active=active, router=router)
+        calibrate(handle, [ids], progress=False)
+        routers = [weights for _, weights in modules_of(model, handle.patches[0])]
+        assert [router.budget.units for router in routers] == [heads] * 2
+        assert torch.equal(model(ids).logits, want) == (active == 1.0)
+        handle.remove()
+        assert torch.equal(model(ids).logits, want)

@@ -288,3 +288,68 @@ def test_sums_do_not_depend_on_how_tokens_come() -> None:
         torch.testing.assert_close(found, want)
     assert math.isclose(parts.fit(0.01), whole.fit(0.01)) and math.isclose(sum(whole.marginal()), 1)
     assert whole.marginal() == sorted(whole.marginal(), reverse=True)
+
+
+def test_a_lora_around_routers_goes_to_a_folder_and_back(tmp_path: Path) -> None:
+    """The routers by their own names, what PEFT put around them with the adapter; neither without the other."""
+    peft = pytest.importorskip("peft")
+    model = tiny("Llama")
+    handle = scrambled(patch(model, router="learned"))
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    want = logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no place for"):  # the base is not patched
+        attn_plugins.load_adapter(tiny("Llama"), tmp_path)
+    handle.save_weights(tmp_path)
+    assert torch.equal(logits(attn_plugins.load_adapter(tiny("Llama"), tmp_path)), want)
+    with torch.no_grad():
+        for name, weight in handle.named_weights():
+            if "lora_" not in name:
+                weight.zero_()
+    handle.load_weights(tmp_path)  # into routers that have a LoRA around them
+    assert torch.equal(logits(wrapped), want)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_batches_that_are_not_finite_change_nothing(value: float) -> None:
+    model = tiny("Llama")
+    handle = scrambled(patch(model, router="ridge"))
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids, _ = prompt()
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: out.index_fill(1, args[0][0, :1] * 0, value)
+    )
+    with pytest.raises(ValueError, match="saw nan or inf in these batches"):
+        calibrate(handle, [ids], progress=False)
+    hook.remove()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_batch_is_no_list_of_batches() -> None:
+    handle = patch(tiny("Llama"), router="ridge")
+    ids, _ = prompt()
+    for batch in (ids, {"input_ids": ids}):
+        with pytest.raises(TypeError, match=r"give a list of such, \[batch\]"):
+            calibrate(handle, batch)
+
+
+def test_sums_stay_on_the_cpu_under_another_default_device() -> None:
+    with torch.device("meta"):
+        moments = Moments(3)
+    moments.add(randn(40, 6), randn(40, 3, seed=2).square())
+    assert math.isfinite(moments.fit(0.01))
+
+
+@pytest.mark.parametrize("options", [{"scale": "paper"}, {"active": 0.5}, {"backend": "reference"}])
+def test_weights_of_another_setting_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """The tensors are alike; but gates of the other scale, or other numbers of heads, are not what was trained."""
+    settings = {"router": "learned", "shared": 0.25}
+    patch(tiny("Llama"), **settings).save_weights(tmp_path)
+    handle = patch(tiny("Llama"), **{**settings, **options})
+    if "backend" in options:  # which is no part of what was trained
+        handle.load_weights(tmp_path)
+        return
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"the patch of {name}={value!r}: attn_plugins.load"):
+        handle.load_weights(tmp_path)

@@ -47,6 +47,31 @@ def attention_routers(model):
     return [module.router for module in model.modules() if isinstance(module, ExpertOutput)]
 
 
+def test_what_is_done_to_the_model_meanwhile_is_done_to_what_stands_aside():
+    base = dense("llama").train()
+    wanted = copy.deepcopy(base).bfloat16().eval()(ids()).logits
+    attn_plugins.patch(base, "bam", experts=[expert(base, 1)])
+    base.bfloat16().eval()
+    attn_plugins.unpatch(base)
+    assert not any(module.training for module in base.modules())
+    assert torch.equal(base(ids()).logits, wanted)
+
+
+def test_a_model_of_another_library_is_refused():
+    model = torch.nn.Linear(2, 2)
+    model.config = {"_class_name": "DiTTransformer2DModel"}  # as diffusers' configs, without a model_type
+    with pytest.raises(ValueError, match="model_type 'Linear': BAM mixes llama"):
+        graft_experts(model, [model])
+
+
+def test_a_precision_of_ones_own_within_an_attention_is_kept():
+    base = dense("qwen3").bfloat16()
+    norm = base.model.layers[0].self_attn.q_norm.float()
+    before = norm.weight.clone()
+    graft_experts(base, [dense("qwen3", 1).bfloat16()]).remove()
+    assert norm.weight.dtype == torch.float32 and torch.equal(norm.weight, before)
+
+
 def test_equal_experts_change_nothing_whatever_the_attention_implementation():
     base = dense("qwen3")
     wanted = base(ids()).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -38,3 +39,12 @@ def test_old_configs_are_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(Architecture, "dense_class", lambda self, part: Old)
     with pytest.raises(ImportError, match="need transformers 5.12 or newer"):
         config.config_class(Architecture("older", "Older"))
+
+
+@pytest.mark.parametrize("first", ["LlamaConfig", "PhiConfig", "GemmaConfig"])
+def test_the_file_of_a_config_may_be_what_is_imported_first(first):
+    """It imports the Auto classes in its midst, before it has a class of which ours could be made."""
+    code = f"import attn_plugins; from transformers import {first}, AutoConfig; " + "; ".join(
+        f"AutoConfig.for_model('attn_plugins_bam_{name}')" for name in ("llama", "phi")
+    )
+    subprocess.run([sys.executable, "-W", "error:attn_plugins::", "-c", code], check=True)

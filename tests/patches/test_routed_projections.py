@@ -232,3 +232,19 @@ def test_in_half_precision(skipped: list[int]) -> None:
 def test_query_norms_come_too_late() -> None:
     with pytest.raises(ValueError, match="skip_projections.*query_norm"):
         patch(llama(), active=0.5, router="query_norm", skip_projections=True)
+
+
+def test_a_forward_that_someone_kept_is_whole_after_unpatch() -> None:
+    """accelerate's hooks hold the bound method of the class that the layer had when they came."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, ids = llama(), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        want = model(ids).logits
+        patch(model, **OPTIONS)
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj):
+                add_hook_to_module(linear, ModelHook())
+        model(ids)
+        attn_plugins.unpatch(model)
+        assert torch.equal(model(ids).logits, want)

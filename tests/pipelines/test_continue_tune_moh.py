@@ -173,3 +173,36 @@ def test_the_trainer_of_transformers(tmp_path: Path, dense: tuple[str, ...]) -> 
             assert grad.abs().max() > 1e-4
             torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
     assert all({"balance", "router_entropy", "dead_heads"} <= log.keys() for log in logs)
+
+
+@pytest.mark.parametrize(("accepts", "of_its_own"), [(False, True), (False, False), (True, True)])
+def test_what_the_trainer_does_not_divide(
+    tmp_path: Path, dense: tuple[str, ...], accepts: bool, of_its_own: bool
+) -> None:
+    """A loss function of one's own is divided by nothing, whatever the model takes; four batches count as one."""
+    from attn_plugins.training.moh_trainer import MoHTrainer
+
+    rows = [{"input_ids": torch.arange(8) + n, "labels": torch.arange(8) + n} for n in range(6)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense[1])
+    with pytest.warns(UserWarning, match="moh"):
+        handle = attn_plugins.patch(model, "moh", router="learned")
+
+    def own(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2, report_to=[],
+        use_cpu=True, save_strategy="no", learning_rate=1e-9, max_grad_norm=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = MoHTrainer(
+        model=model, handle=handle, args=arguments, train_dataset=rows, compute_loss_func=own if of_its_own else None
+    )
+    trainer.model_accepts_loss_kwargs = accepts
+    scales: list[float] = []
+    for module in model.modules():
+        if type(module).__name__ == "HeadRouter":
+            module.w_r.weight.register_hook(lambda grad: scales.append(float(trainer.watch.scale)))
+            break
+    trainer.train()
+    assert scales == pytest.approx([1 / 4] * 4 + [1 / 2] * 2)

@@ -94,6 +94,63 @@ def test_a_truncated_shard_is_refused(told, tmp_path, left):
     refused(told, tmp_path, ValueError, "model.safetensors is truncated")
 
 
+@pytest.mark.parametrize("header", [b"[]", b'{"a": true}', b'{"a": {}}', b"{"])
+def test_a_header_that_says_nothing_is_refused(told, tmp_path, header):
+    path = tmp_path / "expert-1" / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(told, tmp_path, ValueError, "model.safetensors is no safetensors file")
+
+
+def test_a_shard_with_more_than_its_header_says_is_refused(told, tmp_path):
+    path = tmp_path / "expert-1" / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    refused(told, tmp_path, ValueError, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_an_index_that_says_nothing_is_refused(told, tmp_path, index):
+    (tmp_path / "expert-1" / "model.safetensors.index.json").write_text(index)
+    refused(told, tmp_path, ValueError, "index.json does not say which shard has what")
+
+
+@pytest.mark.parametrize("left", ["a file", "nothing", "{"])
+def test_an_unfinished_run_that_cannot_be_told_is_refused(told, tmp_path, left):
+    work = tmp_path / "new" / "out.unfinished"
+    work.parent.mkdir()
+    if left == "a file":
+        work.write_text("mine")
+    else:
+        work.mkdir()
+        if left == "{":
+            (work / upcycle_bam.STATE).write_text(left)
+    refused(told, tmp_path, ValueError, "none that can be told: remove it first")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_runs_at_once_do_not_write_the_same_files(told, tmp_path, begun):
+    pytest.importorskip("fcntl")
+    upcycle_bam.upcycle(told, tmp_path / "alone", shard=20_000)
+    if begun:
+        with pytest.raises(KeyboardInterrupt):
+            upcycle_bam.upcycle(told, tmp_path / "out", shard=20_000, tick=interrupted)
+    refusals = []
+
+    def second(what, amount):
+        if not refusals:
+            with pytest.raises(ValueError, match="out.unfinished: another run is writing there") as refusal:
+                upcycle_bam.upcycle(told, tmp_path / "out", shard=20_000)
+            refusals.append(refusal)
+
+    upcycle_bam.upcycle(told, tmp_path / "out", shard=20_000, tick=second)
+    assert refusals
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def interrupted(what, amount):
+    raise KeyboardInterrupt
+
+
 def test_a_tensor_that_is_not_there_is_refused(told, tmp_path):
     path = tmp_path / "expert-1" / "model.safetensors"
     state = load_file(path)
@@ -161,6 +218,24 @@ def test_a_full_disk_is_refused(told, tmp_path, monkeypatch):
         ({"method": "sparse_upcycle"}, "give num_experts, and neither experts"),
         ({"dtype": "int8"}, "dtype='int8': legal are"),
         ({"base_model": None, "speed": 1}, "the file has an unknown key 'speed'"),
+        ({"base_model": None}, "base_model=None: give a folder"),
+        ({"experts": 3}, "experts=3: give a list"),
+        ({"experts": [{"source_model": ["a"]}]}, r"experts\[0\].source_model=\['a'\]: give a folder"),
+        ({"experts": [{"source_model": "b", "positive_prompts": "def f"}]}, "positive_prompts='def f': give a list of"),
+        ({"base_prompts": "hello"}, "base_prompts='hello': give a list of texts"),
+        ({"base_prompts": [1]}, r"base_prompts=\[1\]: give a list of texts"),
+        ({"ffn": {"top_k": "1"}}, "ffn.top_k='1': give a whole number"),
+        ({"ffn": {"top_k": 1.5}}, "ffn.top_k=1.5: give a whole number"),
+        ({"seed": "x"}, "seed='x': give a whole number"),
+        ({"seed": 2**32}, "seed=4294967296: give a whole number from 0 to 4294967295"),
+        ({"seed": -1}, "seed=-1: give a whole number"),
+        ({"method": "sparse_upcycle", "experts": None, "num_experts": "4"}, "num_experts='4': give a whole number"),
+        ({"losses": 0}, "losses is 0: it has to have the keys balance, z"),
+        ({"losses": {"balance": "1e-2"}}, "losses.balance='1e-2': .* write 1.0e-2"),
+        ({"losses": {"z": -1}}, "losses.z=-1: give a number of 0 or more"),
+        ({"attention": []}, r"attention is \[\]: it has to have the keys"),
+        ({"include_base": "no"}, "include_base='no': legal are true, false"),
+        ({"allow_identical": "false"}, "allow_identical='false': legal are true, false"),
     ],
 )
 def test_a_yaml_says_what_is_legal(change, match):

@@ -207,3 +207,14 @@ def test_options_are_checked() -> None:
         RouterWatch(weight=-1)
     with pytest.raises(ValueError, match="legal are 'item' and 'batch'"):
         RouterWatch(over="token")
+
+
+def test_a_watch_that_is_closed_leaves_a_later_one_be() -> None:
+    model = tiny("Llama")
+    handle = patch(model, router="learned")
+    first, second = RouterWatch.of(handle), RouterWatch.of(handle)
+    first.close()
+    model(prompt()[0])
+    assert len(second.rows()) == 2 and not first.rows()
+    second.close()
+    assert all(layer.watch is None for layer in handle.patches[0].layers)

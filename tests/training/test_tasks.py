@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from attn_plugins.training.pictures import DigitPictures
 from attn_plugins.training.tasks.classes import ClassesTask
 from attn_plugins.training.tasks.denoising import STEPS, DenoisingTask
+from attn_plugins.training.tasks.mixed import MixedTask
 from attn_plugins.training.tasks.text import TextTask
 
 transformers = pytest.importorskip("transformers")
@@ -58,6 +59,40 @@ def test_losses_of_text_are_those_of_transformers() -> None:
 def test_text_that_is_too_short_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match=r"10 tokens to train on and 20 held out: rows of 16 tokens, and 5"):
         TextTask(tiny_llama, [1] * 10, [1] * 20, length=16, windows=5)
+
+
+def test_tasks_in_turn_have_each_its_own_items() -> None:
+    """Item n is item n // 3 of task n % 3, in training and held out; a batch does not depend on where it is cut."""
+    tasks = [text_task(name=name) for name in "abc"]
+    for number, task in enumerate(tasks):
+        task.text, task.kept = task.text.roll(number), task.kept.roll(number)
+    mixed = MixedTask(tasks)
+    whole = mixed.batch(range(2, 9), seed=3)
+    for row, number in zip(whole, range(2, 9), strict=True):
+        own = number // 3
+        assert torch.equal(row, tasks[number % 3].batch(range(own, own + 1), seed=3)[0])
+    assert torch.equal(torch.cat([mixed.batch(range(2, 4), seed=3), mixed.batch(range(4, 9), seed=3)]), whole)
+    kept = [mixed.held_out(number) for number in range(6)]
+    assert all(torch.equal(item, tasks[number % 3].held_out(number // 3)) for number, item in enumerate(kept))
+    assert len({tuple(item[0].tolist()) for item in kept}) == 6
+    model = mixed.load()
+    with torch.no_grad():
+        torch.testing.assert_close(mixed.losses(model, whole), tasks[1].losses(model, whole))
+    assert (
+        mixed.unit == "perplexity" and mixed.shown(1.0) == math.e and mixed.moved(whole, torch.device("cpu")) is whole
+    )
+    assert (
+        repr(mixed)
+        == "a, 300 tokens in rows of 16 and b, 300 tokens in rows of 16 and c, 300 tokens in rows of 16, in turn"
+    )
+
+
+def test_tasks_that_are_judged_differently_are_not_mixed() -> None:
+    other = text_task()
+    other.unit = "loss"  # type: ignore[misc]
+    for tasks in ([], [text_task(), other]):
+        with pytest.raises(ValueError, match="give one task or more, all judged by the same unit"):
+            MixedTask(tasks)
 
 
 def test_pictures_and_their_classes() -> None:

@@ -7,7 +7,7 @@ the layer's input before anything is computed; a token gets the heads that it sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,12 +69,16 @@ def calibrate(
         A row per layer, in order. Memory: (C + 1)^2 numbers of 8 bytes a layer while it runs.
 
     Raises:
-        ValueError: nothing to fill, no batches, batches that ran none of the layers, or an illegal option.
+        ValueError: nothing to fill, no batches, batches that ran none of the layers or whose sums are not finite, or
+            an illegal option.
+        TypeError: one batch instead of several.
     """
     if penalty <= 0:
         raise ValueError(f"penalty={penalty}: give a number above 0")
     if budgets not in BUDGETS:
         raise ValueError(f"budgets={budgets!r}: legal are {', '.join(map(repr, BUDGETS))}")
+    if isinstance(batches, (Mapping, torch.Tensor)):
+        raise TypeError(f"batches is one {type(batches).__name__}: give a list of such, [batch]")
     roots = list(getattr(target, "roots", None) or [target])
     found = [one for root in roots for one in _layers(root)]
     if not found:
@@ -96,6 +100,11 @@ def calibrate(
     silent = [one.name for one in found if not one.moments.count]
     if silent:
         raise ValueError(f"{len(silent)} layers ran dense or not at all in these batches, {silent[0]} among them")
+    broken = [one.name for one in found if not one.moments.finite]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} layers, {broken[0]} among them, saw nan or inf in these batches: no router was changed"
+        )
     given = [one.router.budget for one in found]
     actives = allotted(
         [one.moments.marginal() for one in found],

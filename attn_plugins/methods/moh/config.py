@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from attn_plugins.method import MethodConfig
 
@@ -54,6 +54,8 @@ class MoHConfig(MethodConfig):
         backend: of the operator.
     """
 
+    binding: ClassVar[tuple[str, ...]] = ("active", "shared", "router", "scale", "granularity")
+
     active: float | int = 0.75
     shared: float | int | None = None
     router: str = "auto"
@@ -95,6 +97,11 @@ class MoHConfig(MethodConfig):
             shared = min(max(1, round(active * 2 / 3)), active - 1)
         else:
             shared = min(max(1, units // 4), active - 1)
+        if size > 1 and units == 1 and self.active != 1.0 and self.active != heads:
+            raise ValueError(
+                f"active={self.active} with granularity='group': the {heads} heads of a layer share one KV head, which "
+                "leaves nothing to choose; legal is granularity='head'"
+            )
         if not shared < active <= units:
             of = f"{units} groups of {size} heads" if size > 1 else f"{heads} heads"
             raise ValueError(

@@ -15,8 +15,10 @@ class Moments:
         self.inputs: torch.Tensor | None = None  # (C + 1, C + 1): sums of x x^T
         self.norms: torch.Tensor | None = None  # (C + 1, U): sums of x times the norms
         self.differences: torch.Tensor | None = None  # (C + 1, U): of x times how far a norm is from the token's mean
-        self.squares = torch.zeros(units, dtype=torch.float64)  # of the norms
-        self.ordered = torch.zeros(units, dtype=torch.float64)  # of squared norms, the largest of each token first
+        self.squares = torch.zeros(units, dtype=torch.float64, device="cpu")  # of the norms
+        self.ordered = torch.zeros(
+            units, dtype=torch.float64, device="cpu"
+        )  # of squared norms, the largest of each token first
 
     def add(self, x: torch.Tensor, squares: torch.Tensor) -> None:
         if x.device.type not in ("cpu", "cuda"):  # others have no float64
@@ -35,6 +37,12 @@ class Moments:
         self.differences += x.T @ differences
         self.squares += squares.sum(0).cpu()
         self.ordered += squares.sort(dim=1, descending=True).values.sum(0).cpu()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was added was: any nan or inf stays in the sums."""
+        sums = (self.inputs, self.norms, self.differences, self.squares)
+        return all(bool(part.isfinite().all()) for part in sums if part is not None)
 
     def means(self) -> torch.Tensor:
         """Mean importance of each unit, (U,), on the CPU."""

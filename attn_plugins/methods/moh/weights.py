@@ -59,7 +59,7 @@ class HeadRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> Routing:
         """Of the layer's input (B, N, C), in float32 whatever the model computes in."""
         budget = self.budget
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is none of "meta"
             if self.kind == "ridge":
                 scores = F.linear(_wide(x), _wide(self.coefficients), _wide(self.intercept))
                 gates, share, chosen = hard(scores, self.routed, budget.shared, straight_through=False)

@@ -33,8 +33,16 @@ class Graft:
         return [weight for layer, name, _ in self.layers for weight in getattr(layer, name).parameters()]
 
     def remove(self) -> None:
-        """Put the former modules back; nothing if that is done."""
+        """Put the former modules back; nothing if that is done. What was done to the model meanwhile (`half`, `cuda`,
+        `eval`) is done to them now: nobody saw them while they stood aside.
+        """
         for layer, name, before in self.layers:
+            held = getattr(layer, name)
+            then, now = next(before.parameters()), next(held.parameters())
+            if (then.device, then.dtype) != (now.device, now.dtype):  # a new module begins with those of the former
+                before.to(now.device, now.dtype)
+            if before.training != held.training:
+                before.train(held.training)
             setattr(layer, name, before)
         self.layers.clear()
 
@@ -52,7 +60,7 @@ def graft_experts(model: Any, experts: Sequence[Any], *, attention: str = "all_p
         ValueError: no expert, a model of another architecture or size, one whose attention is not as it was made (an
             adapter's, a mixture's).
     """
-    row = of(model.config.model_type)
+    row = of(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if attention not in ("all_params", "shared_kv"):
         raise ValueError(f"attention={attention!r}: legal are 'all_params', 'shared_kv'")
     if not experts:

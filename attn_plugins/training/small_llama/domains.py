@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 
 from attn_plugins.training.small_llama.corpus import documents, is_held_out
 
@@ -34,7 +35,7 @@ def parted(source: str) -> tuple[str, str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return source, ""
-    lines = source.splitlines()
+    lines = io.StringIO(source, newline=None).read().split("\n")  # not at form feeds, which ast does not count
     prose = []
     for node in ast.walk(tree):
         text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
