@@ -114,11 +114,11 @@ def draw(tuned: TunedBam, file: Path) -> None:
 
     axes = halves[1].subplots(1, max(1, len(trained)), squeeze=False)[0]
     for name, panel in zip(trained, axes, strict=False):
-        _shares(panel, name, tuned.routers[name])
+        _shares(panel, name, tuned.routers[name], [SEED, *tuned.tasks])
     figure.savefig(file, dpi=110)
 
 
-def _shares(panel: Any, name: str, domains: dict[str, list[RouterRow]]) -> None:
+def _shares(panel: Any, name: str, domains: dict[str, list[RouterRow]], experts: list[str]) -> None:
     """Stacked shares of the experts, a bar for each layer's router and domain."""
     labels, stacks = [], []
     for rows in zip(*domains.values(), strict=True):
@@ -127,9 +127,9 @@ def _shares(panel: Any, name: str, domains: dict[str, list[RouterRow]]) -> None:
             stacks.append([share / total for share in row.load])
             labels.append(f"{_short(row.name)}: {domain}")
     starts = [0.0] * len(stacks)
-    for expert in range(max(map(len, stacks), default=0)):
+    for expert, of in enumerate(experts):
         widths = [stack[expert] for stack in stacks]
-        panel.barh(range(len(stacks)), widths, left=starts, label=f"expert {expert}")
+        panel.barh(range(len(stacks)), widths, left=starts, label=of)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     panel.set(yticks=range(len(stacks)), xlim=(0, 1), title=f"{name}: shares of the experts")
     panel.set_yticklabels(labels, fontsize=6)
