@@ -41,7 +41,8 @@ def rings(tokens: int, kv_heads: int, density: float) -> list[int]:
     """Slots of each KV head: a multiple of 64, as plans have them, and of nothing larger, unless it is everything."""
     mix = MIXES[density]
     odd = [0 if density == 1.0 else SINK * (head % 5 - 2) for head in range(kv_heads)]
-    return [max(int(tokens * mix[head % len(mix)]) // 64 * 64 + odd[head], 2 * SINK) for head in range(kv_heads)]
+    sizes = [int(tokens * mix[head % len(mix)]) // 64 * 64 + odd[head] for head in range(kv_heads)]
+    return [min(max(size, 2 * SINK), tokens) for size in sizes]
 
 
 def measure(tokens: int, heads: int, kv_heads: int, dtype: str, density: float, seconds: float) -> dict[str, object]:
