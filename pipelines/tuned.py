@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 UNTUNED, SPARSE, DENSE = "untuned", "sparse-tuned", "dense-tuned"
 COLOURS = {"dense": "tab:gray", "sparse": "tab:blue"}
+WIDE = 1.96  # standard errors of half a 95 % interval
 END = 4  # the losses at the end of a run are the mean of its last quarter
 
 
@@ -46,8 +48,7 @@ class Tuned:
         """
         pairs = zip(self.held_out["sparse"][sparse], self.held_out["dense"][dense], strict=True)
         gaps = [a - b for a, b in pairs]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        return statistics.mean(gaps), error
+        return with_error(gaps)
 
     @property
     def models(self) -> list[str]:
@@ -94,6 +95,18 @@ class Tuned:
         files[0].write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         draw(self, files[1])
         return files
+
+
+def with_error(gaps: Sequence[float]) -> tuple[float, float]:
+    """Their mean and its standard error, nan of a single one."""
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return statistics.mean(gaps), error
+
+
+def with_interval(gaps: Sequence[float]) -> tuple[float, float]:
+    """Their mean and half of its 95 % interval."""
+    mean, error = with_error(gaps)
+    return mean, WIDE * error
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuned import smoothed
+from attn_plugins.pipelines.tuned import smoothed, with_interval
 from attn_plugins.training.routers import RouterRow
+from attn_plugins.training.tasks import shown
 
 SEED, DENSE, DENSE_LONG = "seed", "dense, as many steps", "dense, as many tokens in all"
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -19,7 +19,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "bam_shared_kv": {"method": "bam", "attention": "shared_kv"},
     "bam_expert_kv": {"method": "bam", "attention": "all_params"},
 }
-WIDE = 1.96  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,13 @@ class TunedBam:
     environment: dict[str, str]
 
     def shown(self, loss: float) -> float:
-        return math.exp(loss) if self.unit == "perplexity" else loss
+        return shown(self.unit, loss)
 
     def difference(self, name: str, other: str) -> tuple[float, float]:
         """Mean loss over the domains of one less that of another, item by item, and half of its 95 % interval."""
         pairs = (zip(self.held_out[name][d], self.held_out[other][d], strict=True) for d in self.tasks)
         gaps = [statistics.mean(a - b for a, b in item) for item in zip(*pairs, strict=True)]
-        error = WIDE * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        return statistics.mean(gaps), error
+        return with_interval(gaps)
 
     def table(self) -> str:
         """Markdown."""

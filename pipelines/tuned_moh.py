@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuned import smoothed
+from attn_plugins.pipelines.tuned import smoothed, with_interval
 from attn_plugins.training.routers import RouterRow, table
+from attn_plugins.training.tasks import shown
 
 # what was judged, in the order to show it
 DENSE, UNTRAINED, NORMS, PRUNED, CALIBRATED, TUNED, CONTROL = (
@@ -20,7 +21,6 @@ DENSE, UNTRAINED, NORMS, PRUNED, CALIBRATED, TUNED, CONTROL = (
 )  # fmt: skip
 ORDER = (DENSE, UNTRAINED, NORMS, PRUNED, CALIBRATED, TUNED, CONTROL)
 COLOURS = {"moh": "tab:blue", "dense": "tab:gray"}
-WIDE = 1.96  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,10 @@ class TunedMoH:
         of its seeds, so that what is hard about an item does not count."""
         means = ([statistics.mean(item) for item in zip(*self.held_out[one], strict=True)] for one in (name, other))
         gaps = [a - b for a, b in zip(*means, strict=True)]
-        error = WIDE * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        return statistics.mean(gaps), error
+        return with_interval(gaps)
 
     def shown(self, loss: float) -> float:
-        return math.exp(loss) if self.unit == "perplexity" else loss
+        return shown(self.unit, loss)
 
     def table(self) -> str:
         """Markdown."""

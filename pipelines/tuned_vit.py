@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuned import smoothed
+from attn_plugins.pipelines.tuned import smoothed, with_error
 
 # what was judged, in the order to show it
 DENSE, FREE, SWAPPED, TUNED, CONTROL = (
@@ -60,8 +60,7 @@ class TunedVit:
     def difference(self, name: str, other: str) -> tuple[float, float]:
         """Accuracy of one less that of another, picture by picture, and its standard error."""
         gaps = [int(a) - int(b) for a, b in zip(self.hits[name], self.hits[other], strict=True)]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        return statistics.mean(gaps), error
+        return with_error(gaps)
 
     def table(self) -> str:
         """Markdown: accuracies, then speeds."""

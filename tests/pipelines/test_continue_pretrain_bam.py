@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,20 @@ from tests.support.examples import load_example
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 SHORT = [
     "--steps", "3", "--branch-steps", "2", "--batch", "2", "--length", "16", "--save-every", "2", "--held-out", "4",
 ]  # fmt: skip
 DOMAINS = ("code", "prose")
 
 
-@pytest.fixture(autouse=True)
-def one_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
-def seed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def seed(tiny_llama: Path) -> tuple[str, ...]:
     """A tiny Llama with the embedded model's tokenizer, and two texts: arguments of the example."""
-    from attn_plugins.pipelines.small_llama import asset_folder
-
-    folder = tmp_path_factory.mktemp("dense")
-    transformers.AutoTokenizer.from_pretrained(asset_folder()).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 2048}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(folder)
     texts = {"code": "\n    value[{0}] = {0} + rest", "prose": " the line {0} says nothing."}
-    arguments = ["--model", str(folder)]
+    arguments = ["--model", str(tiny_llama)]
     for domain, text in texts.items():
-        file = folder / f"{domain}.txt"
+        file = tiny_llama / f"{domain}.txt"
         file.write_text("".join(text.format(number) for number in range(400)), encoding="utf-8")
         arguments += ["--domain", domain, str(file)]
     return tuple(arguments)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("quiet_diffusers", "one_accelerator")
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = ["--steps", "3", "--save-every", "2", "--held-out", "2", "--frames", "4", "--size", "24", "--lr", "1e-2"]
-
-
-@pytest.fixture
-def one_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,19 @@ accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 SHORT = [
     "--steps", "3", "--batch", "2", "--length", "24", "--save-every", "2", "--held-out", "4", "--calibration", "2",
     "--seeds", "0", "1", "--start-steps", "2",
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def dense(tiny_llama: Path) -> tuple[str, ...]:
     """A tiny Llama with the embedded model's tokenizer, and a text: arguments of the example."""
-    from attn_plugins.pipelines.small_llama import asset_folder
-
-    folder = tmp_path_factory.mktemp("dense")
-    transformers.AutoTokenizer.from_pretrained(asset_folder()).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 2048}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(folder)
-    text = folder / "text.txt"
+    text = tiny_llama / "text.txt"
     text.write_text(" ".join(f"line {number} of {number % 7}" for number in range(600)), encoding="utf-8")
-    return "--model", str(folder), "--data", str(text)
+    return "--model", str(tiny_llama), "--data", str(text)
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:

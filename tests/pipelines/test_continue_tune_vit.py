@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 SHORT = [
     "--size", "32", "--start-steps", "2", "--steps", "3", "--batch", "2", "--save-every", "2", "--held-out", "6",
     "--speeds", "32", "48", "-o", "agents=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the whole process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:

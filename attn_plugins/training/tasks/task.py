@@ -13,6 +13,11 @@ import torch
 from attn_plugins.training.loop import LoopSettings, train
 
 
+def shown(unit: str, loss: float) -> float:
+    """A mean loss as people read it: of the unit "perplexity" its exponential, of any other the loss."""
+    return math.exp(loss) if unit == "perplexity" else loss
+
+
 class Task(ABC):
     """Data, and what a model has to make of it.
 
@@ -42,14 +47,15 @@ class Task(ABC):
         """Keyword arguments of the model's forward for a batch."""
 
     @abstractmethod
-    def moved(self, batch: Any, device: torch.device) -> Any: ...
+    def moved(self, batch: Any, device: torch.device) -> Any:
+        """The batch on a device."""
 
     def __repr__(self) -> str:
         return type(self).__name__
 
     def shown(self, loss: float) -> float:
         """A mean loss, in `unit`."""
-        return math.exp(loss) if self.unit == "perplexity" else loss
+        return shown(self.unit, loss)
 
 
 def train_task(
