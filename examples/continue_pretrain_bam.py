@@ -14,9 +14,9 @@ import dataclasses
 from pathlib import Path
 
 import attn_plugins  # noqa: F401  # AutoModelForCausalLM knows mixtures then
-from attn_plugins.pipelines.continue_pretrain_bam import BamPretraining
-from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
-from attn_plugins.pipelines.tasks import domains_of
+from attn_plugins.pipelines.tuning.continue_pretrain_bam import BamPretraining
+from attn_plugins.pipelines.tuning.loop_arguments import accelerator_of, add_loop_arguments, loop_options
+from attn_plugins.pipelines.tuning.tasks import domains_of
 from attn_plugins.training.loop import LoopSettings
 
 

@@ -14,9 +14,9 @@ import argparse
 import functools
 from pathlib import Path
 
-from attn_plugins.pipelines.cli_values import options as read_options
-from attn_plugins.pipelines.continue_tune_vit import AgentTuning, small_dense_model
-from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
+from attn_plugins.pipelines.commands.values import options as read_options
+from attn_plugins.pipelines.tuning.continue_tune_vit import AgentTuning, small_dense_model
+from attn_plugins.pipelines.tuning.loop_arguments import accelerator_of, add_loop_arguments, loop_options
 from attn_plugins.training.loop import LoopSettings
 from attn_plugins.training.pictures import DigitPictures, PictureFolder
 

@@ -15,10 +15,10 @@ what was measured.
 import argparse
 from pathlib import Path
 
-from attn_plugins.pipelines.cli_values import options as read_options
-from attn_plugins.pipelines.continue_tune_moh import MoHTuning
-from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
-from attn_plugins.pipelines.tasks import KINDS, task_of, trained_start
+from attn_plugins.pipelines.commands.values import options as read_options
+from attn_plugins.pipelines.tuning.continue_tune_moh import MoHTuning
+from attn_plugins.pipelines.tuning.loop_arguments import accelerator_of, add_loop_arguments, loop_options
+from attn_plugins.pipelines.tuning.tasks import KINDS, task_of, trained_start
 from attn_plugins.training.loop import LoopSettings
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from attn_plugins.pipelines.cli_values import options as read_options
-from attn_plugins.pipelines.continue_tune import ContinueTuning, preset_options
+from attn_plugins.pipelines.commands.values import options as read_options
 from attn_plugins.pipelines.demo_model import asset_folder
-from attn_plugins.pipelines.loop_arguments import accelerator_of, add_loop_arguments, loop_options
-from attn_plugins.pipelines.wan_checkpoint import load_wan, wan_shift
+from attn_plugins.pipelines.tuning.continue_tune import ContinueTuning, preset_options
+from attn_plugins.pipelines.tuning.loop_arguments import accelerator_of, add_loop_arguments, loop_options
+from attn_plugins.pipelines.tuning.wan_checkpoint import load_wan, wan_shift
 from attn_plugins.registry import method as known_method
 from attn_plugins.training.tuning import TuneSettings
 from attn_plugins.training.video_data import LatentFolder, MovingDigits

@@ -22,7 +22,7 @@ from attn_plugins.handle import PatchHandle
 from attn_plugins.metrics import Drift, bit_identical, drift, latent_psnr, psnr, ssim
 from attn_plugins.metrics.ssim import WINDOW
 from attn_plugins.patching import patch
-from attn_plugins.pipelines.comparison import Comparison, Likeness, Timing, mean_drift
+from attn_plugins.pipelines.comparing.comparison import Comparison, Likeness, Timing, mean_drift
 from attn_plugins.pipelines.stopwatch import Dense, Stopwatch, attach, now
 from attn_plugins.report import analyse
 from attn_plugins.targets import find

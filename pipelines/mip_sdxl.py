@@ -18,8 +18,8 @@ import torch
 
 from attn_plugins import patched
 from attn_plugins.methods.mip import ReferenceMaps, has_text_weights
-from attn_plugins.pipelines import heat_maps
-from attn_plugins.pipelines.ip_adapter_files import AdapterFile
+from attn_plugins.pipelines.mip import heat_maps
+from attn_plugins.pipelines.mip.ip_adapter_files import AdapterFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,10 +17,10 @@ import torch
 
 from attn_plugins.methods.moa import SpanPlan
 from attn_plugins.methods.moa.plan import shape_of
-from attn_plugins.pipelines.moa_calibration import Texts, retrieval_row, tasks_for
-from attn_plugins.pipelines.moa_options import Options, SearchSettings
-from attn_plugins.pipelines.moa_profile import Profile, Tick, profile, silent
-from attn_plugins.pipelines.moa_running import spans_in_place
+from attn_plugins.pipelines.moa.calibration import Texts, retrieval_row, tasks_for
+from attn_plugins.pipelines.moa.options import Options, SearchSettings
+from attn_plugins.pipelines.moa.profile import Profile, Tick, profile, silent
+from attn_plugins.pipelines.moa.running import spans_in_place
 from attn_plugins.search import Choice, pareto_set
 from attn_plugins.training.small_llama.retrieval import Retrieval
 
@@ -76,7 +76,7 @@ class SearchResult:
 
     def save(self, folder: Path) -> list[Path]:
         """Write plan.json, pareto.csv, search.json and, with matplotlib, pareto.png, spans.png, influence.png."""
-        from attn_plugins.pipelines import moa_plots
+        from attn_plugins.pipelines.moa import plots
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
@@ -89,7 +89,7 @@ class SearchResult:
         counts = {str(n): self.profile.counts[n] for n in self.profile.lengths}
         text = {"model": self.model, "origin": self.profile.origin, "settings": settings, "rows_profiled": counts}
         written[2].write_text(json.dumps({**text, "plans": rows}, indent=1) + "\n", encoding="utf-8")
-        return written + moa_plots.write(self, folder)
+        return written + plots.write(self, folder)
 
 
 def search(

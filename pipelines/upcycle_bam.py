@@ -19,13 +19,13 @@ import torch
 
 from attn_plugins.models.bam import Architecture, of
 from attn_plugins.models.bam.config import HOME, config_class
-from attn_plugins.pipelines import upcycle_checks as checks
-from attn_plugins.pipelines.upcycle_checkpoint import INDEX, Checkpoint, bytes_of, read_header
-from attn_plugins.pipelines.upcycle_options import UpcycleSettings
-from attn_plugins.pipelines.upcycle_report import UpcycleReport, report
-from attn_plugins.pipelines.upcycle_routers import rows_of_prompts
-from attn_plugins.pipelines.upcycle_tensors import Mixing
-from attn_plugins.pipelines.upcycle_writer import alone, shards, write_shard, write_text
+from attn_plugins.pipelines.upcycle import checks as checks
+from attn_plugins.pipelines.upcycle.checkpoint import INDEX, Checkpoint, bytes_of, read_header
+from attn_plugins.pipelines.upcycle.options import UpcycleSettings
+from attn_plugins.pipelines.upcycle.report import UpcycleReport, report
+from attn_plugins.pipelines.upcycle.routers import rows_of_prompts
+from attn_plugins.pipelines.upcycle.tensors import Mixing
+from attn_plugins.pipelines.upcycle.writer import alone, shards, write_shard, write_text
 
 REPORT, STATE = "upcycle.json", "unfinished.json"
 SHARD = 4_000_000_000  # bytes

@@ -64,7 +64,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if not any(part[0] == "." for
 def unit_of(module: str) -> str:
     """The unit of the floors that a module belongs to."""
     parts = module.split(".")[1:] or ["__init__"]
-    return "cli" if parts[0] == "pipelines" and parts[-1].startswith("cli") else parts[0]
+    return "cli" if parts[0] == "pipelines" and parts[1:2] in (["cli"], ["commands"]) else parts[0]
 
 
 def imports_of(source: str) -> Iterator[str]:
@@ -105,7 +105,7 @@ def test_imports_run_downward(module):
         ("attn_plugins.methods.gna", "from attn_plugins.patches.family import Family"),
         ("attn_plugins.patches.family", "import attn_plugins.methods.gna"),
         ("attn_plugins.ops.neighborhood", "from attn_plugins import patch"),
-        ("attn_plugins.pipelines.environment", "from attn_plugins.pipelines.cli_app import app"),
+        ("attn_plugins.pipelines.environment", "from attn_plugins.pipelines.commands.app import app"),
     ],
 )
 def test_the_check_sees_an_import_that_runs_up(importer, source):

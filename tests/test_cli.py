@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from attn_plugins import presets, registry, simulate
 from attn_plugins.pipelines.cli import app
-from attn_plugins.pipelines.cli_look import field_docs
-from attn_plugins.pipelines.cli_values import options, per_axis, sizes
-from attn_plugins.pipelines.measure_files import can_plot
+from attn_plugins.pipelines.commands.look import field_docs
+from attn_plugins.pipelines.commands.values import options, per_axis, sizes
+from attn_plugins.pipelines.comparing.measure_files import can_plot
 
 HUNYUAN = ["simulate", "--grid", "30x48x80", "--window", "18x24x24", "--q-tile", "4x8x8", "--kv-tile", "2x8x8"]
 

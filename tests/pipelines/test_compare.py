@@ -9,8 +9,8 @@ import torch
 
 import attn_plugins
 from attn_plugins.metrics import drift
-from attn_plugins.pipelines import measure_files, pictures
 from attn_plugins.pipelines.compare import as_frames, compare
+from attn_plugins.pipelines.comparing import measure_files, pictures
 from attn_plugins.record import patches_of
 from tests.support import tiny_pipelines
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from attn_plugins.pipelines import continue_pretrain_bam
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
+from attn_plugins.pipelines.tuning import continue_pretrain_bam
+from attn_plugins.pipelines.tuning.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
 from attn_plugins.training.routers import RouterRow
 from tests.support.examples import load_example
 
@@ -155,7 +155,7 @@ def test_one_domain_is_an_error(tmp_path: Path, seed: tuple[str, ...]) -> None:
 
 def test_a_seed_of_half_precision_is_trained_as_the_mixtures_are(tmp_path: Path, seed: tuple[str, ...]) -> None:
     """Mixtures are loaded in float32: a dense model in bfloat16 beside them would lose most of its small steps."""
-    from attn_plugins.pipelines.tasks import domains_of
+    from attn_plugins.pipelines.tuning.tasks import domains_of
     from attn_plugins.training.loop import LoopSettings
 
     half = transformers.AutoModelForCausalLM.from_pretrained(seed[1], dtype=torch.bfloat16)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from attn_plugins.pipelines.continue_tune import preset_options
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned import DENSE, SPARSE, UNTUNED, Tuned, smoothed
-from attn_plugins.pipelines.wan_checkpoint import load_wan, wan_shift
+from attn_plugins.pipelines.tuning.continue_tune import preset_options
+from attn_plugins.pipelines.tuning.tuned import DENSE, SPARSE, UNTUNED, Tuned, smoothed
+from attn_plugins.pipelines.tuning.wan_checkpoint import load_wan, wan_shift
 from attn_plugins.training.video_data import LatentFolder
 from tests.support import tiny_pipelines
 from tests.support.examples import load_example

@@ -11,7 +11,16 @@ import torch
 
 import attn_plugins
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned_moh import CALIBRATED, CONTROL, DENSE, NORMS, PRUNED, TUNED, UNTRAINED, TunedMoH
+from attn_plugins.pipelines.tuning.tuned_moh import (
+    CALIBRATED,
+    CONTROL,
+    DENSE,
+    NORMS,
+    PRUNED,
+    TUNED,
+    UNTRAINED,
+    TunedMoH,
+)
 from attn_plugins.training.routers import RouterRow
 from tests.support.examples import load_example
 
@@ -103,7 +112,7 @@ def test_other_kinds_of_models_are_trained_first(
     pytest.importorskip("sklearn")
     if kind == "dit":
         pytest.importorskip("diffusers")
-        from attn_plugins.pipelines import tasks
+        from attn_plugins.pipelines.tuning import tasks
 
         monkeypatch.setitem(tasks.SMALL_DIT, "sample_size", 8)
         monkeypatch.setitem(tasks.SMALL_DIT, "num_layers", 2)

@@ -12,7 +12,7 @@ import torch
 
 import attn_plugins
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
+from attn_plugins.pipelines.tuning.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
 from attn_plugins.training.classifying import logits
 from attn_plugins.training.pictures import DigitPictures, picture_batch
 from tests.support.examples import load_example

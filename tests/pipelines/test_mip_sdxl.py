@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
 
-from attn_plugins.pipelines import heat_maps  # noqa: E402
 from attn_plugins.pipelines.cli import app  # noqa: E402
+from attn_plugins.pipelines.mip import heat_maps  # noqa: E402
 from attn_plugins.pipelines.mip_sdxl import draw, load  # noqa: E402
 from tests.support.ip_adapters import checkpoint, image_encoder, write  # noqa: E402
 from tests.support.snapshot import snapshot  # noqa: E402

@@ -15,12 +15,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 from attn_plugins.methods.moa import SpanPlan
-from attn_plugins.pipelines import moa_baselines, moa_evaluation, moa_report
-from attn_plugins.pipelines.moa_calibration import Texts
-from attn_plugins.pipelines.moa_evaluation import EvaluationSettings, Judged, judge
-from attn_plugins.pipelines.moa_options import SearchSettings
-from attn_plugins.pipelines.moa_profile import Profile
-from attn_plugins.pipelines.moa_running import spans_in_place
+from attn_plugins.pipelines.moa import baselines, evaluation, report
+from attn_plugins.pipelines.moa.calibration import Texts
+from attn_plugins.pipelines.moa.evaluation import EvaluationSettings, Judged, judge
+from attn_plugins.pipelines.moa.options import SearchSettings
+from attn_plugins.pipelines.moa.profile import Profile
+from attn_plugins.pipelines.moa.running import spans_in_place
 from attn_plugins.pipelines.small_llama import small_llama
 from attn_plugins.training.small_llama import corpus
 from attn_plugins.training.small_llama.tokenizer import tokenize
@@ -47,7 +47,7 @@ def rivals() -> dict:
     for each in maps.values():
         each[3, 2:4] = 1.0
     plan = SpanPlan(((0,) * 4,) * 4, ((0.5,) * 4,) * 4, "kv", 8, 4)
-    return moa_baselines.contenders(plan, Profile("", maps, {512: 1, 1024: 1}), SETTINGS)
+    return baselines.contenders(plan, Profile("", maps, {512: 1, 1024: 1}), SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -82,26 +82,26 @@ def test_gates_are_the_influence_of_a_group():
     maps[1, 2, 7, 1], maps[1, 3, 7, 1] = 1.0, 0.5
     maps[1, 0, 7, 6] = 9.0  # within it
     maps[0, 3, 7, 0] = 9.0  # a sink
-    gates = moa_baselines.duo_gates(Profile("", {512: maps}, {512: 1}), SETTINGS, (2, 4, 2))
+    gates = baselines.duo_gates(Profile("", {512: maps}, {512: 1}), SETTINGS, (2, 4, 2))
     assert torch.tensor(gates).tolist() == torch.tensor([[1.0, 0.0], [0.0, 0.5]]).tolist()
 
 
 def test_dense_is_the_models_own_loss_and_a_narrow_plan_is_worse(judged, shipped):
-    assert moa_report.ratio(judged, "dense") == (1.0, 1.0, 1.0)
-    value, low, high = moa_report.ratio(judged, "narrow")
+    assert report.ratio(judged, "dense") == (1.0, 1.0, 1.0)
+    value, low, high = report.ratio(judged, "narrow")
     assert low < value < high and value > 1.005
-    late, early = (moa_report.ratio(judged, "narrow", part)[0] for part in (slice(256, 384), slice(0, 64)))
+    late, early = (report.ratio(judged, "narrow", part)[0] for part in (slice(256, 384), slice(0, 64)))
     assert late > 1.01 and early == pytest.approx(1, abs=1e-4)
-    assert moa_report.share(judged, "narrow", 384, 0.25)[0] < moa_report.share(judged, "dense", 384, 0.25)[0]
-    assert moa_report.share(judged, "narrow", 384, 1.0)[0] > 0
+    assert report.share(judged, "narrow", 384, 0.25)[0] < report.share(judged, "dense", 384, 0.25)[0]
+    assert report.share(judged, "narrow", 384, 1.0)[0] > 0
 
 
 def test_seeds_share_no_window(texts):
-    windows = [tuple(w) for seed in range(3) for w in moa_evaluation._windows(texts.test, TINY, seed)]
+    windows = [tuple(w) for seed in range(3) for w in evaluation._windows(texts.test, TINY, seed)]
     starts = sorted(next(at for at in range(len(texts.test)) if tuple(texts.test[at : at + 384]) == w) for w in windows)
     assert len(starts) == 6 and min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 384
     with pytest.raises(ValueError, match="6 windows of 384 are needed"):
-        moa_evaluation._windows(texts.test[:2000], TINY, 0)
+        evaluation._windows(texts.test[:2000], TINY, 0)
 
 
 def test_what_was_judged_is_kept_and_not_judged_again(shipped, texts, tmp_path, monkeypatch):
@@ -109,18 +109,18 @@ def test_what_was_judged_is_kept_and_not_judged_again(shipped, texts, tmp_path, 
     small = dataclasses.replace(TINY, windows=1, lengths=(256,), depths=(1.0,), trials=1)
     first = judge(*shipped, texts, plans, 0, small, path=path)
     assert Judged.load(path) == first
-    monkeypatch.setattr(moa_evaluation, "text_losses", None)
+    monkeypatch.setattr(evaluation, "text_losses", None)
     assert judge(*shipped, texts, plans, 0, small, path=path) == first
     with pytest.raises(ValueError, match="is of seed 0"):
         judge(*shipped, texts, plans, 1, small, path=path)
 
 
 def test_the_report_holds_every_number(judged, tmp_path):
-    written = moa_report.write(judged, tmp_path)
+    written = report.write(judged, tmp_path)
     text = (tmp_path / "evaluation.md").read_text()
     assert "4 windows of text and 8 prompts of each length, 2 seeds" in text
     row = next(line for line in text.splitlines() if line.startswith("| narrow |"))
-    assert f"{moa_report.ratio(judged, 'narrow')[0]:.4f} (" in row
+    assert f"{report.ratio(judged, 'narrow')[0]:.4f} (" in row
     cells = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
     hits = [int(cell["value"]) for cell in cells if cell["plan"] == "dense" and cell["what"].startswith("retrieval")]
     assert len(hits) == 2 * 2 * 2 and sum(hits) == sum(
@@ -140,7 +140,7 @@ def test_the_report_holds_every_number(judged, tmp_path):
     ("hits", "trials", "low", "high"), [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634)]
 )
 def test_wilsons_interval(hits, trials, low, high):
-    assert moa_report.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
+    assert report.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_the_interval_of_a_ratio_is_that_of_the_mean_difference():
@@ -148,7 +148,7 @@ def test_the_interval_of_a_ratio_is_that_of_the_mean_difference():
     one = Judged(0, dataclasses.replace(TINY, window=2, windows=3), losses)
     differences = torch.tensor([0.2, 0.1, 0.0], dtype=torch.float64)
     half = 1.96 * differences.std().item() / math.sqrt(3)
-    assert moa_report.ratio([one], "x") == pytest.approx((math.exp(0.1), math.exp(0.1 - half), math.exp(0.1 + half)))
+    assert report.ratio([one], "x") == pytest.approx((math.exp(0.1), math.exp(0.1 - half), math.exp(0.1 + half)))
 
 
 def test_settings_without_trials_are_named():
@@ -174,7 +174,7 @@ def test_what_is_judged_is_what_the_method_runs(shipped, texts):
 
 
 def test_decoding_counts_what_the_caches_hold(shipped, texts):
-    from attn_plugins.pipelines.moa_decoding import decoding
+    from attn_plugins.pipelines.moa.decoding import decoding
 
     found = decoding(shipped[0], NARROW, torch.tensor([texts.test[:192]]), tokens=4, rounds=1)
     assert found.length == 196 and min(found.rates.values()) > 0

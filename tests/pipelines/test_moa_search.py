@@ -14,11 +14,12 @@ pytest.importorskip("scipy")
 
 from attn_plugins.methods.moa import SpanPlan, load_plan
 from attn_plugins.methods.moa.plan import shape_of
-from attn_plugins.pipelines import moa_profile, moa_search
-from attn_plugins.pipelines.moa_calibration import Texts, own_answer_loss, retrieval_row, tasks_for
-from attn_plugins.pipelines.moa_options import Options, SearchSettings
-from attn_plugins.pipelines.moa_profile import Profile
-from attn_plugins.pipelines.moa_running import spans_in_place
+from attn_plugins.pipelines import moa_search
+from attn_plugins.pipelines.moa import profile
+from attn_plugins.pipelines.moa.calibration import Texts, own_answer_loss, retrieval_row, tasks_for
+from attn_plugins.pipelines.moa.options import Options, SearchSettings
+from attn_plugins.pipelines.moa.profile import Profile
+from attn_plugins.pipelines.moa.running import spans_in_place
 from attn_plugins.pipelines.small_llama import small_llama
 from attn_plugins.search import Choice, Rule, choose
 from attn_plugins.training.small_llama import corpus
@@ -139,12 +140,12 @@ def test_what_was_written_can_be_read(found):
 def test_a_search_goes_on_where_it_stopped(found, shipped, texts, monkeypatch):
     result, folder = found
     probed = []
-    real = moa_profile.output_gradients
-    monkeypatch.setattr(moa_profile, "output_gradients", lambda *args: (probed.append(1), real(*args))[1])
+    real = profile.output_gradients
+    monkeypatch.setattr(profile, "output_gradients", lambda *args: (probed.append(1), real(*args))[1])
     tasks = tasks_for(shipped[1], texts.calibration)
-    again = moa_profile.profile(shipped[0], tasks, TINY.lengths, 1, folder / "profile.pt")
+    again = profile.profile(shipped[0], tasks, TINY.lengths, 1, folder / "profile.pt")
     assert not probed and all(torch.equal(again.maps(n), result.profile.maps(n)) for n in TINY.lengths)
-    more = moa_profile.profile(shipped[0], tasks, (256,), 2, folder / "profile.pt")
+    more = profile.profile(shipped[0], tasks, (256,), 2, folder / "profile.pt")
     assert len(probed) == 1 and more.counts == {256: 2, 384: 1}
     assert not torch.equal(more.maps(256), result.profile.maps(256))
 
@@ -153,9 +154,9 @@ def test_a_profile_of_something_else_is_refused(found, shipped, texts):
     tasks = tasks_for(shipped[1], texts.calibration)
     for other in ({"seed": 1}, {"influence": "pairs"}, {"block": 32}):
         with pytest.raises(ValueError, match="give another folder"):
-            moa_profile.profile(shipped[0], tasks, (256,), 1, found[1] / "profile.pt", **other)
+            profile.profile(shipped[0], tasks, (256,), 1, found[1] / "profile.pt", **other)
     with pytest.raises(ValueError, match="'windows' and 'pairs'"):
-        moa_profile.profile(shipped[0], tasks, (256,), 1, found[1] / "profile.pt", influence="both")
+        profile.profile(shipped[0], tasks, (256,), 1, found[1] / "profile.pt", influence="both")
 
 
 @pytest.mark.parametrize("per", ["layer", "kv", "query"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_plugins.pipelines.pictures import COLUMNS, GAP, LABEL, write
+from attn_plugins.pipelines.comparing.pictures import COLUMNS, GAP, LABEL, write
 
 Image = pytest.importorskip("PIL.Image")
 

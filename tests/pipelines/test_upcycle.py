@@ -16,7 +16,7 @@ from attn_plugins.models.bam import of
 from attn_plugins.models.bam.layout import source_of
 from attn_plugins.pipelines import upcycle_bam
 from attn_plugins.pipelines.small_llama import asset_folder
-from attn_plugins.pipelines.upcycle_options import Expert, UpcycleSettings
+from attn_plugins.pipelines.upcycle.options import Expert, UpcycleSettings
 from tests.support.bam import MODES, NAMES, dense, error, ids, saved
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from attn_plugins.pipelines import upcycle_bam
 from attn_plugins.pipelines.cli import app
-from attn_plugins.pipelines.upcycle_options import UpcycleSettings
+from attn_plugins.pipelines.upcycle.options import UpcycleSettings
 from tests.pipelines.test_upcycle import settings
 from tests.support.bam import dense, saved
 

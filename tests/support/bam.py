@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from attn_plugins.models.bam import ARCHITECTURES
 from attn_plugins.models.bam.router import BamRouter
+from attn_plugins.pipelines.upcycle.options import Expert, UpcycleSettings
 from attn_plugins.pipelines.upcycle_bam import upcycle
-from attn_plugins.pipelines.upcycle_options import Expert, UpcycleSettings
 
 logging.disable_progress_bar()
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_plugins.pipelines.cli_app import console
+from attn_plugins.pipelines.commands.app import console
 
 if TYPE_CHECKING:
-    from attn_plugins.pipelines.moa_calibration import Texts
-    from attn_plugins.pipelines.moa_profile import Tick
+    from attn_plugins.pipelines.moa.calibration import Texts
+    from attn_plugins.pipelines.moa.profile import Tick
 
 Folder = Annotated[
     Path | None,
@@ -60,7 +60,7 @@ def moa_search(
 ) -> None:
     """Find a span for every KV head (MoA): profile, choose under a budget, validate at an unseen length."""
     from attn_plugins.pipelines import moa_search as pipeline
-    from attn_plugins.pipelines.moa_options import SearchSettings
+    from attn_plugins.pipelines.moa.options import SearchSettings
 
     settings = SearchSettings(
         density, tuple(length or (1024, 2048, 4096)), validate_at, reach, rows, validation_rows,
@@ -102,30 +102,30 @@ def moa_evaluate(
 ) -> None:
     """Compare searched plans with dense and with other plans of the same memory, on held-out text and prompts."""
     from attn_plugins.methods.moa import load_plan
-    from attn_plugins.pipelines import moa_baselines, moa_evaluation, moa_report
-    from attn_plugins.pipelines.moa_options import SearchSettings
-    from attn_plugins.pipelines.moa_profile import Profile
+    from attn_plugins.pipelines.moa import baselines, evaluation, report
+    from attn_plugins.pipelines.moa.options import SearchSettings
+    from attn_plugins.pipelines.moa.profile import Profile
     from attn_plugins.pipelines.moa_search import FOUND, PLAN, PROFILE
 
-    settings = moa_evaluation.EvaluationSettings(window, windows, tuple(length or (1024, 2048, 4096)), trials=trials)
+    settings = evaluation.EvaluationSettings(window, windows, tuple(length or (1024, 2048, 4096)), trials=trials)
     folders = search or [Path("out/moa")]
     for found in folders:
         if not (found / PLAN).is_file():
             raise ValueError(f"{found}: no {PLAN} there; run attn-plugins moa-search --out {found} first")
     model, tokenizer, texts = _load(folder, text, device, dtype, threads)
     judged = []
-    with _bar(6 * len(folders) * moa_evaluation.work(settings)) as tick:
+    with _bar(6 * len(folders) * evaluation.work(settings)) as tick:
         for found in folders:
             told = json.loads((found / FOUND).read_text(encoding="utf-8"))["settings"]
             searched = SearchSettings(**{**told, "lengths": tuple(told["lengths"])})
-            plans = moa_baselines.contenders(load_plan(found / PLAN), Profile.load(found / PROFILE), searched)
-            path = found / moa_evaluation.FILE
+            plans = baselines.contenders(load_plan(found / PLAN), Profile.load(found / PROFILE), searched)
+            path = found / evaluation.FILE
             judged.append(
-                moa_evaluation.judge(model, tokenizer, texts, plans, searched.seed, settings, path=path, tick=tick)
+                evaluation.judge(model, tokenizer, texts, plans, searched.seed, settings, path=path, tick=tick)
             )
     out_to = console()
-    out_to.print(moa_report.table(judged), markup=False, soft_wrap=True)
-    for path in moa_report.write(judged, out):
+    out_to.print(report.table(judged), markup=False, soft_wrap=True)
+    for path in report.write(judged, out):
         out_to.print(str(path), soft_wrap=True)
     if decode:
         _tell_decoding(model, load_plan(folders[0] / PLAN), texts, max(settings.lengths) - decode, decode)
@@ -134,7 +134,7 @@ def moa_evaluate(
 def _tell_decoding(model: Any, plan: Any, texts: Texts, prompt: int, tokens: int) -> None:
     import torch
 
-    from attn_plugins.pipelines.moa_decoding import decoding
+    from attn_plugins.pipelines.moa.decoding import decoding
 
     ids = torch.tensor([texts.test[:prompt]], device=model.device)
     found = decoding(model, plan, ids, tokens=tokens)
@@ -153,7 +153,7 @@ def _load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from attn_plugins.pipelines.moa_calibration import Texts
+    from attn_plugins.pipelines.moa.calibration import Texts
     from attn_plugins.pipelines.small_llama import asset_folder
 
     folder = folder or asset_folder()

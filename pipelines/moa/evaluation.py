@@ -1,7 +1,7 @@
 """Plans of equal memory on text that nobody has seen: perplexity by position, and retrieval by length and depth.
 
 Calibration, validation and test are three texts, and every row is drawn from a seed that names its purpose. One call
-judges one search; several searches, of several seeds, go into one report (`moa_report`).
+judges one search; several searches, of several seeds, go into one report (`moa/report.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from attn_plugins.pipelines.moa_baselines import PlanAt
-from attn_plugins.pipelines.moa_calibration import Texts, tasks_for
-from attn_plugins.pipelines.moa_profile import Tick, silent
-from attn_plugins.pipelines.moa_running import spans_in_place
+from attn_plugins.pipelines.moa.baselines import PlanAt
+from attn_plugins.pipelines.moa.calibration import Texts, tasks_for
+from attn_plugins.pipelines.moa.profile import Tick, silent
+from attn_plugins.pipelines.moa.running import spans_in_place
 from attn_plugins.training.small_llama.evaluation import retrieval_accuracy, text_losses
 
 FILE = "evaluation.json"

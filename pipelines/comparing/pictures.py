@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from attn_plugins.pipelines.comparison import Comparison
+    from attn_plugins.pipelines.comparing.comparison import Comparison
 
 COLUMNS = 8  # frames of a video on the sheet
 SMALL = 128  # px: smaller frames are enlarged to about this

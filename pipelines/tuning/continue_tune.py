@@ -19,7 +19,7 @@ from attn_plugins.measures import NAMES, mean
 from attn_plugins.patching import patched
 from attn_plugins.pipelines.environment import environment
 from attn_plugins.pipelines.stopwatch import now
-from attn_plugins.pipelines.tuned import DENSE, SPARSE, UNTUNED, Tuned
+from attn_plugins.pipelines.tuning.tuned import DENSE, SPARSE, UNTUNED, Tuned
 from attn_plugins.training.flow_matching import flow_loss
 from attn_plugins.training.trainable import make_trainable, save_trained, trained
 from attn_plugins.training.tuning import TuneSettings, held_out_losses, tune

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from attn_plugins import presets
-from attn_plugins.pipelines.cli_app import console
+from attn_plugins.pipelines.commands.app import console
 from attn_plugins.schedule import Schedule, describe
 
 

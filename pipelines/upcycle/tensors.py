@@ -12,7 +12,7 @@ import torch
 
 from attn_plugins.models.bam import Architecture
 from attn_plugins.models.bam.layout import Source, source_of
-from attn_plugins.pipelines.upcycle_checkpoint import Checkpoint
+from attn_plugins.pipelines.upcycle.checkpoint import Checkpoint
 
 _PIECE = 1 << 20  # elements of a mean at a time
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from attn_plugins.pipelines.measure_files import can_plot
+from attn_plugins.pipelines.comparing.measure_files import can_plot
 from attn_plugins.search import grouped, hidden_loss
 
 if TYPE_CHECKING:

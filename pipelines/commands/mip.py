@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attn_plugins.pipelines.cli_app import console
+from attn_plugins.pipelines.commands.app import console
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ADAPTER = "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.bin"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from attn_plugins.pipelines.cli_app import console
-from attn_plugins.pipelines.cli_values import options as read_options
+from attn_plugins.pipelines.commands.app import console
+from attn_plugins.pipelines.commands.values import options as read_options
 
 if TYPE_CHECKING:
-    from attn_plugins.pipelines.comparison import Comparison
+    from attn_plugins.pipelines.comparing.comparison import Comparison
 
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Noise; may be given several times. Default 0.")]
 Quality = Annotated[str, typer.Option(help="Which of a preset's settings: safe, balanced or fast.")]
@@ -136,8 +136,8 @@ def _use(threads: int) -> None:
 
 def _tell(found: Comparison, out: Path, name: str) -> None:
     """The tables, and where the pictures and the numbers are."""
-    from attn_plugins.pipelines import measure_files, pictures
-    from attn_plugins.pipelines.comparison import LAYERS_TITLE, STEPS_TITLE
+    from attn_plugins.pipelines.comparing import measure_files, pictures
+    from attn_plugins.pipelines.comparing.comparison import LAYERS_TITLE, STEPS_TITLE
 
     screen = console()
     seeds = ", ".join(map(str, found.seeds))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attn_plugins.methods.moa import SpanPlan, patterns
-from attn_plugins.pipelines.moa_options import Options, SearchSettings
-from attn_plugins.pipelines.moa_profile import Profile
+from attn_plugins.pipelines.moa.options import Options, SearchSettings
+from attn_plugins.pipelines.moa.profile import Profile
 from attn_plugins.search import choose, grouped, hidden_loss
 
 PlanAt = Callable[[int], SpanPlan | None]  # the plan for a length; None is dense

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from attn_plugins.pipelines.cli_app import console
+from attn_plugins.pipelines.commands.app import console
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +27,7 @@ def upcycle(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from attn_plugins.pipelines import upcycle_bam as pipeline
-    from attn_plugins.pipelines.upcycle_options import UpcycleSettings
+    from attn_plugins.pipelines.upcycle.options import UpcycleSettings
 
     settings = UpcycleSettings.of_file(config)
     if allow_identical:

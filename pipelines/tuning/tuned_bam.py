@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuned import smoothed, with_interval
+from attn_plugins.pipelines.tuning.tuned import smoothed, with_interval
 from attn_plugins.training.routers import RouterRow
 from attn_plugins.training.tasks import shown
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attn_plugins.patches.attention_probe import output_gradients
-from attn_plugins.pipelines.moa_calibration import own_answer_loss, retrieval_row
+from attn_plugins.pipelines.moa.calibration import own_answer_loss, retrieval_row
 from attn_plugins.search import block_influence, window_influence
 from attn_plugins.training.small_llama.retrieval import Retrieval
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuned import smoothed, with_error
+from attn_plugins.pipelines.tuning.tuned import smoothed, with_error
 
 # what was judged, in the order to show it
 DENSE, FREE, SWAPPED, TUNED, CONTROL = (

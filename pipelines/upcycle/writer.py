@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from attn_plugins.pipelines.upcycle_checkpoint import FLOATS, bytes_of
+from attn_plugins.pipelines.upcycle.checkpoint import FLOATS, bytes_of
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 Shapes = dict[str, tuple[int, ...]]

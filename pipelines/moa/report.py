@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attn_plugins.pipelines.measure_files import can_plot
-from attn_plugins.pipelines.moa_evaluation import Judged, losses_of
+from attn_plugins.pipelines.comparing.measure_files import can_plot
+from attn_plugins.pipelines.moa.evaluation import Judged, losses_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from attn_plugins.methods.moa import SpanPlan
-from attn_plugins.pipelines.moa_profile import Profile
+from attn_plugins.pipelines.moa.profile import Profile
 from attn_plugins.search import Choice, Problem, Rule, grouped, hidden_loss, rule_grid
 
 Per = Literal["layer", "kv", "query"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attn_plugins.models.bam import Architecture
-from attn_plugins.pipelines.upcycle_checkpoint import Checkpoint
+from attn_plugins.pipelines.upcycle.checkpoint import Checkpoint
 
 # What experts of one architecture may differ in: how they were trained and saved, not what they compute.
 FREE = {

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from attn_plugins.pipelines.cli_app import console
-from attn_plugins.pipelines.cli_values import per_axis, sizes
+from attn_plugins.pipelines.commands.app import console
+from attn_plugins.pipelines.commands.values import per_axis, sizes
 
 if TYPE_CHECKING:
     from attn_plugins.plan.simulator import Simulation

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
-    from attn_plugins.pipelines.comparison import Comparison
+    from attn_plugins.pipelines.comparing.comparison import Comparison
 
 ROW = 0.16  # inches of a layer on the heat maps
 SHOWN = 40  # most layers that are named there

@@ -21,7 +21,7 @@ from attn_plugins.patching import patch, patched, unpatch
 from attn_plugins.pipelines.attention_projections import attention_projections
 from attn_plugins.pipelines.environment import environment
 from attn_plugins.pipelines.stopwatch import now
-from attn_plugins.pipelines.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
+from attn_plugins.pipelines.tuning.tuned_vit import CONTROL, DENSE, FREE, SWAPPED, TUNED, Speed, TunedVit
 from attn_plugins.training.classifying import held_out_hits, logits, muon, small_vit, train_classifier
 from attn_plugins.training.loop import LoopSettings
 from attn_plugins.training.pictures import PictureData

@@ -23,7 +23,7 @@ from attn_plugins.methods.moh.calibrate import PENALTY
 from attn_plugins.patching import patch, unpatch
 from attn_plugins.pipelines.attention_projections import attention_projections
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned_moh import (
+from attn_plugins.pipelines.tuning.tuned_moh import (
     CALIBRATED,
     CONTROL,
     DENSE,

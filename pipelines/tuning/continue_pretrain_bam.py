@@ -18,10 +18,10 @@ import torch
 
 from attn_plugins.models.bam.watching import watch_routers
 from attn_plugins.pipelines.environment import environment
-from attn_plugins.pipelines.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
+from attn_plugins.pipelines.tuning.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
+from attn_plugins.pipelines.upcycle.options import Expert as Member
+from attn_plugins.pipelines.upcycle.options import UpcycleSettings
 from attn_plugins.pipelines.upcycle_bam import upcycle
-from attn_plugins.pipelines.upcycle_options import Expert as Member
-from attn_plugins.pipelines.upcycle_options import UpcycleSettings
 from attn_plugins.training.loop import LoopSettings
 from attn_plugins.training.routers import RouterRow
 from attn_plugins.training.tasks import Task, held_out_losses, train_task

@@ -1,0 +1,1 @@
+"""What `mip_sdxl` is made of."""

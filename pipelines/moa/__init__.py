@@ -1,0 +1,1 @@
+"""What the search for spans and its evaluation are made of."""

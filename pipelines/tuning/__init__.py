@@ -1,0 +1,1 @@
+"""The jobs behind the examples that continue-tune, and what they share."""

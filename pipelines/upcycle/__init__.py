@@ -1,0 +1,1 @@
+"""What `upcycle_bam` is made of."""
