@@ -3,14 +3,15 @@
     python benchmarks/cpu_decode.py [--quick] [--out benchmarks/results/cpu_decode.csv]
 
 One query per head. A ragged cache gives each KV head a ring of its own: 64 sinks, then an eighth, a quarter, a half or
-all of the sequence, as MoA's rules do, mixed so that heads keep `density` of the dense cache together. The sides run
-interleaved, each over as many caches in turn as a model has layers, or `COLD` bytes hold, so that every call finds its
-cache in memory and not in the processor, as in a model; ratios are of medians. A wrong result is not timed: each
-problem is first compared with attention over the kept tokens in float64.
-`sdpa_ms` is SDPA as models call it (`enable_gqa`), `grouped_ms` SDPA with the query heads of a
-group as rows of one head, `positions_ms` our call with positions, spans and sinks. `speedup` and `of_bytes` (the share
-that is reached of 1 / density, what the bytes of keys and values allow) are against `sdpa_ms`; `of_bytes_grouped` is
-against the better of both, `of_bytes_positions` is that of `positions_ms` against `sdpa_ms`.
+all of the sequence, as MoA's rules do, mixed so that heads keep `density` of the dense cache together. `Rings` packs
+them, as in a model. The sides run interleaved, each over as many caches in turn as a model has layers, or `COLD` bytes
+hold, so that every call finds its cache in memory and not in the processor; ratios are of medians. A wrong result is
+not timed: each problem is first compared with attention over the kept tokens in float64.
+
+`sdpa_ms` is SDPA as models call it (`enable_gqa`), `grouped_ms` SDPA with the query heads of a group as rows of one
+head, `positions_ms` our call with positions, spans and sinks. `speedup` and `of_bytes` (the share that is reached of
+1 / density, what the bytes of keys and values allow) are against `sdpa_ms`; `of_bytes_grouped` is against the better of
+both, `of_bytes_positions` is that of `positions_ms` against `sdpa_ms`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attn_plugins.ops import decode_attention  # noqa: E402
+from attn_plugins.ops.decode.rings import Rings  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
@@ -37,8 +39,8 @@ HEADS = ((32, 32), (32, 8))  # query heads, KV heads: as in Vicuna-7B and Llama-
 MIXES = {1.0: (1,), 0.5: (1, 0.25, 0.5, 0.25), 0.25: (0.5, 0.125, 0.25, 0.125)}  # density -> rings of heads in turn
 
 
-def rings(tokens: int, kv_heads: int, density: float) -> list[int]:
-    """Slots of each KV head: a multiple of 64, as plans have them, and of nothing larger, unless it is everything."""
+def lengths_of(tokens: int, kv_heads: int, density: float) -> list[int]:
+    """Kept tokens of each KV head: a multiple of 64, as plans have them, and of nothing larger unless all are kept."""
     mix = MIXES[density]
     odd = [0 if density == 1.0 else SINK * (head % 5 - 2) for head in range(kv_heads)]
     sizes = [int(tokens * mix[head % len(mix)]) // 64 * 64 + odd[head] for head in range(kv_heads)]
@@ -52,18 +54,18 @@ def measure(tokens: int, heads: int, kv_heads: int, dtype: str, density: float, 
         torch.randn(1, n, length, DIM, generator=generator).to(DTYPES[dtype])
         for n, length in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens))
     )
-    lengths = rings(tokens, kv_heads, density)
-    # A full ring: the sinks, then the latest tokens.
-    slots = [torch.cat([torch.arange(SINK), torch.arange(tokens - n + SINK, tokens)]) for n in lengths]
-    packed = [torch.cat([t[0, head, at] for head, at in enumerate(slots)])[None] for t in (k, v)]
-    ends = torch.tensor([0, *itertools.accumulate(lengths)])
-    ranges = torch.stack([ends[:-1], ends[1:]], dim=-1)[None, :, None]
+    lengths = lengths_of(tokens, kv_heads, density)
+    rings = Rings([length - SINK for length in lengths for _ in range(heads // kv_heads)], SINK, k, v)
+    rings.write(k, v, 0)
+    packed, ranges = (rings.keys, rings.values), rings.ranges
     rule = {
-        "key_positions": torch.cat(slots)[None],
+        "key_positions": rings.positions,
         "query_positions": torch.tensor([[tokens - 1]]),
-        "spans": torch.tensor(lengths) - SINK,
+        "spans": rings.span,
         "sink": SINK,
     }
+    # A full ring: the sinks, then the latest tokens.
+    slots = [torch.cat([torch.arange(SINK), torch.arange(tokens - n + SINK, tokens)]) for n in lengths]
     check(q, k, v, slots, decode_attention(q, *packed, ranges=ranges))
     check(q, k, v, slots, decode_attention(q, *packed, ranges=ranges, **rule))
     rows = q.view(1, kv_heads, heads // kv_heads, DIM)

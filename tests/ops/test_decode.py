@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from attn_plugins.ops import decode_attention
 from attn_plugins.ops.block_sparse.reference import masked_attention
 from attn_plugins.ops.block_sparse.tile_attention import attend
-from attn_plugins.ops.decode import cpu, tiles
+from attn_plugins.ops.decode import cpu, tiles, tiling
 from tests.ops.test_memory import LiveBytes, nbytes
 from tests.support.decoding import Problem, random_problem
 from tests.support.tolerance import within
@@ -63,20 +63,21 @@ def test_more_threads_cut_the_keys(seed, threads, monkeypatch):
 
 
 @pytest.fixture
-def in_tiles(monkeypatch):
-    """Tiles of 4 tokens, whatever they cost; gives the sizes of the calls: (tiles, tokens of each)."""
+def in_tiles(monkeypatch, request):
+    """Tiles of 4 tokens, or of those given, whatever they cost; the sizes of the calls: (tiles, tokens of each)."""
     calls = []
-    monkeypatch.setattr(tiles, "TILES", {4: 0.0})
-    monkeypatch.setattr(tiles, "COPIED", 0)
-    monkeypatch.setattr(tiles, "CALL_BYTES", -1)
+    monkeypatch.setattr(tiling, "TILES", getattr(request, "param", (4,)))
+    monkeypatch.setattr(tiling, "COPIED", 0)
+    monkeypatch.setattr(tiling, "CALL_BYTES", -(1 << 30))
     monkeypatch.setattr(cpu, "FEW_PARTS", 0)
     one_call = tiles._one_call
-    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(tuple(t[2].shape[1:3])) or one_call(*t))
+    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(tuple(t[1].shape[1:3])) or one_call(*t))
     cpu._plan_of.cache_clear()
     yield calls
     cpu._plan_of.cache_clear()
 
 
+@pytest.mark.parametrize("in_tiles", [(4,), (6, 2)], indirect=True, ids=str)
 @pytest.mark.parametrize("seed", range(60))
 def test_tiles_are_as_good_as_parts(seed, in_tiles):
     problem = random_problem(seed)
@@ -104,7 +105,7 @@ def test_tiles_leave_out_what_is_no_heads(in_tiles):
 def test_long_ragged_caches_go_in_two_calls(monkeypatch):
     """A call for every head, and for every cut of one, would cost more than it reads."""
     calls, one_call = [], tiles._one_call
-    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(t[2].shape[1]) or one_call(*t))
+    monkeypatch.setattr(tiles, "_one_call", lambda *t: calls.append(t[1].shape[1]) or one_call(*t))
     monkeypatch.setattr(cpu, "attend", lambda *t: pytest.fail("a part"))
     ends = torch.tensor([0, 1024, 1344, 2368, 2560, 3000, 3136, 5184, 5696])
     k = torch.randn(1, 5700, 16)

@@ -12,9 +12,16 @@ import torch
 pytest.importorskip("transformers")
 
 import attn_plugins
+from attn_plugins.ops.decode import layout
 from attn_plugins.patches.caches import RingLayer, ring_cache
 from tests.support.moa import EVEN, UNEVEN, expected_logits, generated
 from tests.support.tiny_language import check, prompt, tiny
+
+
+@pytest.fixture(autouse=True)
+def parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of a few tokens are parted here, as long ones are."""
+    monkeypatch.setattr(layout, "LONG", 8)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import attn_plugins
+from attn_plugins.ops.decode import layout
 from tests.patches.test_language_compiled import compiled_generation
 from tests.patches.test_moa_models import plan_for
 from tests.support.moa import greedy
@@ -17,7 +18,9 @@ from tests.support.tiny_language import check, positions, prompt, tiny
 
 
 @pytest.mark.parametrize("padding", [{}, {"left": (0, 4)}], ids=["", "padded"])
-def test_compiled_generation(padding: dict[str, Any]) -> None:
+def test_compiled_generation(padding: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if padding:  # and rings that are parted, as long ones are
+        monkeypatch.setattr(layout, "LONG", 8)
     model = tiny()
     ids, mask = prompt(tokens=21, **padding)
     plan = plan_for(model)

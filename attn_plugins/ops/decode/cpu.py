@@ -14,7 +14,8 @@ import torch
 from attn_plugins.ops.block_sparse.tile_attention import attend, attend_backward, bias_of
 from attn_plugins.ops.decode.inputs import Positions
 from attn_plugins.ops.decode.parts import ALL, Part, host_ranges, parts_of
-from attn_plugins.ops.decode.tiles import CALL_BYTES, Tiling, attend_tiles, tiling_of
+from attn_plugins.ops.decode.tiles import attend_tiles
+from attn_plugins.ops.decode.tiling import CALL_BYTES, TILE_BYTES, Tiling, tiling_of
 from attn_plugins.ops.decode.visibility import Visibility
 from attn_plugins.ops.merge import merge_attention_states
 
@@ -30,10 +31,13 @@ def forward(
     if not q.numel():
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     rows = _rows(q, ranges.shape[1])
-    work, slots, tiling = _plan(ranges, k)
+    work, slots, tiling = _plan(ranges, k, rows.shape[2])
     if tiling is not None and (positions is None or not bool((positions.keys < 0).any())):
         out, lse = attend_tiles(rows, k, v, tiling, positions, scale)
-        return torch.empty_like(q).copy_(out.reshape(q.shape)), lse.reshape(q.shape[:-1])
+        out = out.reshape(q.shape)
+        if out.dtype != q.dtype or out.stride() != q.stride():
+            out = torch.empty_like(q).copy_(out)
+        return out, lse.reshape(q.shape[:-1])
     visibility = _visibility(positions, q, ranges)
     found = [_attend(*_tiles(rows, part, k, v, visibility, count), scale) for _, part, count in work]
     if slots == 1 and sum(lse.numel() for _, lse in found) == rows.numel() // rows.shape[-1]:
@@ -43,26 +47,28 @@ def forward(
     return torch.empty_like(q).copy_(out.view(q.shape)), lse.view(q.shape[:-1])
 
 
-def _plan(ranges: torch.Tensor, k: torch.Tensor) -> tuple[Work, int, Tiling | None]:
+def _plan(ranges: torch.Tensor, k: torch.Tensor, rows: int) -> tuple[Work, int, Tiling | None]:
     """A call for each part, and what is better than that, if there are many of them."""
     threads = torch.get_num_threads() if k.device.type == "cpu" else 1
     values = tuple(ranges.flatten().tolist())
-    return _plan_of(values, tuple(ranges.shape), *k.shape, k.element_size(), threads, k.device)
+    return _plan_of(values, tuple(ranges.shape), *k.shape, k.element_size(), rows, threads, k.device)
 
 
 @functools.lru_cache(maxsize=512)
 def _plan_of(
-    values: tuple[int, ...], shape: tuple[int, ...], batch: int, total: int, dim: int, itemsize: int, threads: int,
-    device: torch.device,
+    values: tuple[int, ...], shape: tuple[int, ...], batch: int, total: int, dim: int, itemsize: int, rows: int,
+    threads: int, device: torch.device,
 ) -> tuple[Work, int, Tiling | None]:  # fmt: skip
     ranges = host_ranges(values, shape, total)
     work, slots = _work(parts_of(ranges), batch, threads)
     if len(work) <= FEW_PARTS:
         return work, slots, None
-    segments = tuple(tuple((head, *ends) for head, row in enumerate(rows) for ends in row) for rows in ranges)
-    row_bytes = 2 * dim * itemsize * (batch // len(segments))
+    segments = tuple(tuple((head, *ends) for head, row in enumerate(heads) for ends in row) for heads in ranges)
+    alike = batch // len(segments)
+    row_bytes, tile_bytes = 2 * dim * itemsize * alike, TILE_BYTES[rows == 1] * alike
     tokens = sum(end - start for item in segments for _, start, end in item)
-    return work, slots, tiling_of(segments, shape[1], row_bytes, tokens * row_bytes + len(work) * CALL_BYTES, device)
+    other = tokens * row_bytes + len(work) * CALL_BYTES
+    return work, slots, tiling_of(segments, shape[1], row_bytes, tile_bytes, other, device)
 
 
 def _tiles(

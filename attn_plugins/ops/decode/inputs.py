@@ -41,11 +41,11 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torc
     Raises:
         ValueError, TypeError: as `decode_attention` says.
     """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 3 or v.shape != k.shape:
-        raise ValueError(f"{shapes}: q is (batch, heads, queries, head_dim); k and v are (batch, total, head_dim)")
+        legal = "q is (batch, heads, queries, head_dim); k and v are (batch, total, head_dim)"
+        raise ValueError(f"{_shapes(q, k, v)}: {legal}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[2]:
-        raise ValueError(f"{shapes}: q, k and v share batch and head_dim")
+        raise ValueError(f"{_shapes(q, k, v)}: q, k and v share batch and head_dim")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         legal = ", ".join(str(dtype)[6:] for dtype in DTYPES)
         raise TypeError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one floating dtype: {legal}")
@@ -60,6 +60,10 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torc
         raise ValueError(
             f"q is on {q.device}, k on {k.device}, v on {v.device}, ranges on {ranges.device}: move them to one device"
         )
+
+
+def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def check_positions(

@@ -1,9 +1,10 @@
-"""Ring buffers of keys and values, one per KV head and as long as it needs, packed one behind another.
+"""Ring buffers of keys and values, one per KV head and as long as it needs, packed without padding (`Layout`).
 
-A token at position p stands at slot p of its head if it is a sink, else at `sink + (p - sink) mod ring`: the newest
+A token at position p takes place p of its head if it is a sink, else place `sink + (p - sink) mod ring`: the newest
 take the places of the oldest, and the sinks stay. Positions are counted from an item's first real token, so that sinks
-are real tokens. A table says which position each slot holds; what it does not hold is `EMPTY`, a position behind all
-others, which nothing looks back to. A last slot takes what nobody keeps, and is never read.
+are real tokens. Places of all heads are slots of one tensor. A table says which position each slot holds; what it does
+not hold is `EMPTY`, a position behind all others, which nothing looks back to. A last slot takes what nobody keeps, and
+is never read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from attn_plugins.ops.block_sparse.tile_attention import attend
 from attn_plugins.ops.checks import resolve_scale
 from attn_plugins.ops.decode import decode_attention
+from attn_plugins.ops.decode.layout import Layout
 
 EMPTY = 2**31 - 1
 BLOCK = 64
@@ -59,13 +61,14 @@ class Rings:
         self.spans, self.sink = tuple(spans), sink
         self.sizes = [max(spans[h * group : (h + 1) * group]) for h in range(kv_heads)]  # of the rings, without sinks
         self.even = all(span == self.sizes[h // group] for h, span in enumerate(spans))
-        self.total = sum(self.sizes) + kv_heads * sink
+        self.layout = Layout.of([size + sink for size in self.sizes])
+        self.total = self.layout.total
         self.ring = torch.tensor(self.sizes, device=device)
-        self.length = self.ring + sink
-        self.starts = [sum(self.sizes[:h]) + h * sink for h in range(kv_heads)]
-        self.start = torch.tensor(self.starts, device=device)
+        self.start, self.main, self.rest = (
+            torch.tensor(t, device=device) for t in (self.layout.starts, self.layout.mains, self.layout.rests)
+        )
         self.span = torch.tensor(self.spans, device=device)
-        self.ranges = torch.stack([self.start, self.start + self.length], dim=-1)[None, :, None]
+        self.ranges = torch.tensor(self.layout.ranges(), device=device)[None]
         # zeros: an empty slot weighs nothing, and nothing times what memory happens to hold may be NaN
         self.keys = key.new_zeros(batch, self.total + 1, key.shape[3])
         self.values = value.new_zeros(batch, self.total + 1, value.shape[3])
@@ -82,8 +85,15 @@ class Rings:
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """(..., n) to (..., H_kv, n): where tokens at these positions stand, if they are kept."""
         p = positions[..., None, :]
-        turn = self.sink + (p - self.sink) % self.ring.clamp(min=1)[:, None]
-        return torch.where(p < self.sink, p, turn) + self.start[:, None]
+        return self._slots(p, *(t[:, None] for t in (self.ring, self.start, self.main, self.rest)))
+
+    def _slots(
+        self, p: torch.Tensor, ring: torch.Tensor, start: torch.Tensor, main: torch.Tensor, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """Of tokens at positions p, from what each one's head has."""
+        place = torch.where(p < self.sink, p, self.sink + (p - self.sink) % ring.clamp(min=1))
+        slots = place + start
+        return torch.where(place < main, slots, place - main + rest) if self.layout.parted else slots
 
     def write(
         self,
@@ -121,8 +131,8 @@ class Rings:
         last = self.total  # for heads that keep sinks alone
         slots = torch.tensor(
             [
-                start + turn if ring or p < self.sink else last
-                for start, turn, ring in zip(self.starts, turns, self.sizes, strict=True)
+                self.layout.slot(head, turn) if ring or p < self.sink else last
+                for head, (turn, ring) in enumerate(zip(turns, self.sizes, strict=True))
             ]
         )
         self.keys.index_copy_(1, slots, key[:, :, 0])
@@ -152,8 +162,8 @@ class Rings:
         ranges, partial = self.ranges, False
         if written is not None and written < max(self.sizes) + self.sink:
             if not cpu:
-                ranges = torch.stack([self.start, self.start + self.length.clamp(max=written)], dim=-1)[None, :, None]
-            elif written <= min(self.sizes) + self.sink:  # one part, whatever its length
+                ranges = self._held(written)
+            elif len(set(self.sizes)) == 1:  # one part, whatever its length
                 ranges = self._first(written)
             else:  # tiles, which are worth keeping for some steps: what nothing holds yet is hidden
                 ranges, partial = self._first(-(-written // BLOCK) * BLOCK), True
@@ -179,15 +189,20 @@ class Rings:
         )
         return torch.empty_like(q).copy_(out.reshape(q.shape)), lse.reshape(q.shape[:3])
 
-    def _first(self, slots: int) -> torch.Tensor:
-        """The first slots of every ring, or all that it has."""
-        if slots not in self._ranges:
-            ends = [
-                (start, start + min(size + self.sink, slots))
-                for start, size in zip(self.starts, self.sizes, strict=True)
-            ]
-            self._ranges = {slots: torch.tensor(ends)[None, :, None]}
-        return self._ranges[slots]
+    def _first(self, places: int) -> torch.Tensor:
+        """The first places of every ring, or all that it has."""
+        if places not in self._ranges:
+            self._ranges = {places: torch.tensor(self.layout.ranges(places))[None]}
+        return self._ranges[places]
+
+    def _held(self, places: int) -> torch.Tensor:
+        """The same on the device, where nothing is copied to it at every step."""
+        main = self.main.clamp(max=places)
+        ends = [torch.stack([self.start, self.start + main], dim=-1)]
+        if self.layout.parted:
+            others = (self.ring + self.sink).clamp(max=places) - main
+            ends.append(torch.stack([self.rest, self.rest + others], dim=-1))
+        return torch.stack(ends, dim=1)[None]
 
     def ordered(self, end: torch.Tensor, written: int | None = None, grain: int = 1) -> Ordered:
         """The tokens before position `end` (1 or B,), as long as the longest ring, shorter items to the right.
@@ -228,9 +243,10 @@ class Rings:
         if any(new < old for new, old in zip(found.sizes, self.sizes, strict=True)):
             raise ValueError(f"rings of {self.sizes} tokens cannot shrink to {found.sizes}: tokens would be lost")
         found.gaps.copy_(self.gaps)
-        head = torch.repeat_interleave(self.length, output_size=self.total)
-        p, start, ring = self.positions[:, : self.total], found.start[head], found.ring.clamp(min=1)[head]
-        slots = torch.where(p < self.sink, p, self.sink + (p - self.sink) % ring) + start
+        areas = torch.cat([self.main, self.ring + self.sink - self.main])  # whose each slot is, in their order
+        head = torch.repeat_interleave(areas, output_size=self.total) % kv_heads
+        p = self.positions[:, : self.total]
+        slots = found._slots(p, *(t[head] for t in (found.ring, found.start, found.main, found.rest)))
         slots = torch.where(p == EMPTY, found.total, slots)
         if not self.alike:
             found.by_item()

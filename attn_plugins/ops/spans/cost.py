@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
+import torch
+
 from attn_plugins.ops.spans.parts import ALIGNED, Band, Part, corners, edges, history, masked, tiles
 from attn_plugins.plan.cost import SLICES
 from attn_plugins.plan.spans import SpanRule
@@ -18,7 +20,7 @@ KEY_SPLIT = 512  # keys that the kernel takes at a time: in a causal call it ski
 CHUNKS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MASKED_ROWS = 512  # up to here all rows may go in one masked call
 
-# By bytes an element; a pair also by the rows that the kernel takes at a time:
+# By bytes an element (`costed`); a pair also by the rows that the kernel takes at a time:
 PAIR = {2: {256: 0.96, 64: 0.85, 32: 0.8}, 4: {256: 0.84, 64: 0.86, 32: 0.97}, 8: {256: 0.9, 64: 0.95, 32: 1.05}}
 MASK = {2: 0.35, 4: 0.2, 8: 0.1}  # of a pair under a mask, besides
 READ = {2: 120.0, 4: 26.0, 8: 15.0}  # of a key of a problem: fetched, and packed in half precision
@@ -29,6 +31,11 @@ MERGE = {2: 60.0, 4: 95.0, 8: 95.0}  # of a row of all parts but the first
 FLIP = {2: 50.0, 4: 52.0, 8: 52.0}  # of a row of a flipped part
 CALL = 90_000.0  # of a call
 UNEVEN = 1.5  # a lone triangle: one of two threads has three quarters of it
+
+
+def costed(itemsize: int) -> int:
+    """Of which table a precision is: without AMX the kernel packs no keys, and its costs in 16 bits are those in 32."""
+    return itemsize if itemsize != 2 or getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 4
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,7 +86,7 @@ def mask_fits(band: Band, most: int) -> bool:
 def band_cost(band: Band, group: int, itemsize: int, alone: bool = False) -> float:
     uneven = UNEVEN if alone and band.count == 1 else 1.0
     parts = sum(part_cost(part, band.chunk, group, itemsize) * (uneven if part.causal else 1) for part in band.parts)
-    merged = MERGE[itemsize] * group * band.chunk * (len(band.parts) - 1)
+    merged = MERGE[costed(itemsize)] * group * band.chunk * (len(band.parts) - 1)
     return (parts + merged) * band.count + CALL * len(band.parts)
 
 
@@ -91,6 +98,7 @@ def part_cost(part: Part, chunk: int, group: int, itemsize: int) -> float:
     if part.causal:
         ends = (min(-(-(row + height) // KEY_SPLIT) * KEY_SPLIT, part.count) for row in range(0, rows, height))
         pairs = sum(ends) * rows // -(-rows // height)
-    row = ROW[itemsize] + part.flipped * FLIP[itemsize] + (part.count % ALIGNED > 0) * RAGGED[itemsize]
-    key = READ[itemsize] + (len(part.runs) > 1) * GATHER[itemsize]
-    return problems * (pairs * (PAIR[itemsize][height] + part.masked * MASK[itemsize]) + rows * row + part.count * key)
+    size = costed(itemsize)
+    row = ROW[size] + part.flipped * FLIP[size] + (part.count % ALIGNED > 0) * RAGGED[size]
+    key = READ[size] + (len(part.runs) > 1) * GATHER[size]
+    return problems * (pairs * (PAIR[size][height] + part.masked * MASK[size]) + rows * row + part.count * key)

@@ -17,7 +17,7 @@ from attn_plugins.ops.spans.cost import choose_bands
 from attn_plugins.ops.spans.parts import Band, Part, balanced
 from attn_plugins.plan.spans import Place, SpanRule
 
-ROUND_BYTES = 1 << 22  # of queries and packed keys in one call, per thread
+ROUND_BYTES = 1 << 23  # of queries and packed keys in one call, per thread
 TURNS = 4  # in which a job's queries go where copies are wider
 SHARE = 2  # and in all at most one part in so many of q, k and v
 
