@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attn_plugins.ops import neighborhood_attention  # noqa: E402
 from attn_plugins.ops.neighborhood.reference import neighborhood_mask  # noqa: E402
+from attn_plugins.pipelines.benching import machine  # noqa: E402
 from attn_plugins.plan.cost import choose_tiles  # noqa: E402
 from attn_plugins.plan.windows import axis_windows  # noqa: E402
 from attn_plugins.sequence import Sequence  # noqa: E402
-from benchmarks import machine  # noqa: E402
 from benchmarks.problems import PROBLEMS, QUICK, Problem  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 

@@ -23,10 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from attn_plugins.pipelines.benching import environment  # noqa: E402
+from attn_plugins.pipelines.benching.contest import Budget  # noqa: E402
+from attn_plugins.pipelines.benching.sides import DTYPE_NAMES, Setting  # noqa: E402
 from benchmarks.gpu_cases import all_cases, chosen  # noqa: E402
-from benchmarks.gpu_suite import environment  # noqa: E402
-from benchmarks.gpu_suite.case import Case, Setting  # noqa: E402
-from benchmarks.gpu_suite.measure import DTYPE_NAMES, Budget, measure  # noqa: E402
+from benchmarks.gpu_suite.case import Case  # noqa: E402
+from benchmarks.gpu_suite.measure import measure  # noqa: E402
 from benchmarks.gpu_suite.results import Results  # noqa: E402
 from benchmarks.gpu_suite.summary import ours_ran, summary  # noqa: E402
 from benchmarks.gpu_suite.table import markdown  # noqa: E402

@@ -30,6 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from attn_plugins.pipelines.benching import clocks, environment  # noqa: E402
+from attn_plugins.pipelines.benching.cold import wall_ms  # noqa: E402
 from benchmarks.gpu_moa_sides import (  # noqa: E402
     COMPILED,
     SHAPES,
@@ -44,8 +46,6 @@ from benchmarks.gpu_moa_sides import (  # noqa: E402
     read_bytes,
     spread_plan,
 )  # fmt: skip
-from benchmarks.gpu_suite import clocks, environment  # noqa: E402
-from benchmarks.gpu_suite.cold import wall_ms  # noqa: E402
 from benchmarks.rows import Row, write_rows  # noqa: E402
 
 MIB = 1 << 20

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks import machine
+from attn_plugins.pipelines.benching import machine
 
 Case = TypeVar("Case")
 

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 
 from attn_plugins.ops import agent_attention
 from attn_plugins.ops.agent import agent_grid, depthwise, pool_tokens
-from benchmarks.gpu_cases.agent_definition import SampledAgents
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import FORWARD, TRAINING, Built, Case, Prepared, Setting, Side, random_qkv, times
-
-RATIO, MOST = 16, 1024  # tokens per agent, and agents
-POWER, SHORTCUT = 0.15, 0.075  # the published second scale, D ** -POWER, and share of the values
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.definitions.agents import SampledAgents
+from attn_plugins.pipelines.benching.masks.agents import MOST, POWER, RATIO, SHORTCUT, smooth
+from attn_plugins.pipelines.benching.sides import FORWARD, TRAINING, Built, Prepared, Setting, Side
+from benchmarks.gpu_suite.case import Case, random_qkv, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,8 @@ class AgentCase(Case):
         )  # fmt: skip
 
     def prepare(self, setting: Setting) -> Prepared:
-        q, k, v = self._smooth(setting)
         before = self.tokens - self.side**2
+        q, k, v = smooth(random_qkv(self, setting), self.grid, self.to, before)
         leaves = q, k, v, pool_tokens(q, self.grid, self.to, before), *(self._weights(q) if self.trained else ())
         power, shortcut = (0.5, 0.0) if self.trained else (POWER, SHORTCUT)
         scale = setting.head_dim**-power
@@ -94,20 +93,6 @@ class AgentCase(Case):
         scales = (setting.head_dim**-0.5, scale)
         oracle = SampledAgents(leaves, self.grid, self.to, scales, shortcut)
         return Prepared(leaves, torch.randn_like(q), oracle, sides, self.density)
-
-    def _smooth(self, setting: Setting) -> tuple[torch.Tensor, ...]:
-        """q, k, v that are alike in each cell, and values that go along with the keys.
-
-        Means of independent queries would be almost 0 and gather almost nothing: a check that says little.
-        """
-        q, k, v = random_qkv(self, setting)
-        cells = pool_tokens(q, self.grid, self.to, self.tokens - self.side**2) * RATIO**0.5
-        image = F.interpolate(
-            cells.transpose(-1, -2).flatten(0, 1).unflatten(-1, self.to), size=self.grid, mode="nearest"
-        )
-        image = image.flatten(2).unflatten(0, q.shape[:2]).transpose(-1, -2)
-        q[:, :, self.tokens - self.side**2 :] = (0.7 * q[:, :, self.tokens - self.side**2 :] + image).to(q.dtype)
-        return q, k, (v + k).mul_(0.7)
 
     def _weights(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Both biases, the convolution's weight and its bias, as `agent_attention` takes them."""

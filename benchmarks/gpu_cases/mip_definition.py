@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_suite.case import Run, Verdict
-from benchmarks.gpu_suite.oracle import all_finite, compare, rounding_kernels, sampled_rows
+from attn_plugins.pipelines.benching.oracle import all_finite, compare, rounding_kernels, sampled_rows
+from attn_plugins.pipelines.benching.sides import Run, Verdict
 
 LEAVES = ("q", "text_k", "text_v", "phrase_k", "image_k", "image_v")
 NO_GRADIENT = ("phrase_k",)  # the relevance is detached

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 from attn_plugins.ops import span_attention
-from benchmarks.gpu_sides import flex
-from benchmarks.gpu_sides.dense import BACKENDS, PACKAGES
-from benchmarks.gpu_suite.case import FORWARD, Built, Case, Prepared, Run, Setting, Side, random_qkv
-from benchmarks.gpu_suite.oracle import SampledAttention
+from attn_plugins.pipelines.benching.backends import flex
+from attn_plugins.pipelines.benching.backends.dense import BACKENDS, PACKAGES
+from attn_plugins.pipelines.benching.oracle import SampledAttention
+from attn_plugins.pipelines.benching.sides import FORWARD, Built, Prepared, Run, Setting, Side
+from benchmarks.gpu_suite.case import Case, random_qkv
 
 SHAPES = {"7b": (32, 32), "8b": (32, 8)}  # query heads, KV heads
 LENGTHS = (16384, 8192, 32768)  # what a run cut short should have, first

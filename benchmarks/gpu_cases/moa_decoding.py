@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from attn_plugins.ops import decode_attention
 from attn_plugins.ops.decode.rings import Rings
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.sides import FORWARD, Built, Prepared, Run, Setting, Side
 from benchmarks.gpu_cases.moa import LENGTHS, SHAPES, SINK
 from benchmarks.gpu_cases.moa_definition import StepOverRings
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import FORWARD, Built, Case, Prepared, Run, Setting, Side
+from benchmarks.gpu_suite.case import Case
 
 BLOCK = 64  # tokens; a cache is whole blocks, and two at least
 # What the heads keep, in turn, as shares of the tokens; "uneven" differs among the query heads of a KV head.

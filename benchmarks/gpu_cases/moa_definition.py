@@ -1,8 +1,8 @@
 """One decoding step over rings of kept tokens by definition: what the check goes by. Nothing here is the library's.
 
-Each KV head keeps the first `sink` tokens and the last `ring`. A token at position p >= sink stands at slot
-`sink + (p - sink) mod ring` of its head; the heads stand one behind another, and a last slot is nobody's. All heads of
-the last batch item are compared, and the gradients of the whole cache slot by slot.
+Each KV head keeps the first `sink` tokens and the last `ring`. A token at position p >= sink takes place
+`sink + (p - sink) mod ring` of its head. Where the heads' places stand is told by `slots_by_head`, and a last slot is
+nobody's. All heads of the last batch item are compared, and the gradients of the whole cache slot by slot.
 """
 
 from __future__ import annotations
@@ -13,17 +13,33 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_suite.case import Run, Verdict
-from benchmarks.gpu_suite.oracle import all_finite, compare, rounding_kernels
+from attn_plugins.pipelines.benching.oracle import all_finite, compare, rounding_kernels
+from attn_plugins.pipelines.benching.sides import Run, Verdict
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def positions_by_slot(tokens: int, sink: int, ring: int) -> torch.Tensor:
-    """(sink + ring,): which of `tokens` tokens stands at each slot; there are enough to fill the ring."""
+def positions_by_place(tokens: int, sink: int, ring: int) -> torch.Tensor:
+    """(sink + ring,): which of `tokens` tokens has each place; there are enough to fill the ring."""
     turn = torch.arange(ring)
     newest = tokens - 1 - sink
     return torch.cat([torch.arange(sink), sink + newest - (newest - turn) % ring])
+
+
+def slots_by_head(kept: list[int]) -> list[torch.Tensor]:
+    """Where the places of heads that keep so many tokens stand in the packed cache.
+
+    First as many whole 512s as each head has, then what each has left; if all keep equally many, or nobody keeps 512,
+    one head behind another.
+    """
+    whole = [n // 512 * 512 for n in kept]
+    if min(kept) == max(kept) or max(whole) == 0:
+        whole = kept
+    found, first, behind = [], 0, sum(whole)
+    for n, front in zip(kept, whole, strict=True):
+        found.append(torch.cat([torch.arange(first, first + front), torch.arange(behind, behind + n - front)]))
+        first, behind = first + front, behind + n - front
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,16 +61,17 @@ class StepOverRings:
         generator = torch.Generator(q.device).manual_seed(2)
         upstream = torch.randn(q.shape[1::2], generator=generator, device=q.device, dtype=q.dtype)
         if gradients not in self._expected:
-            slots = [positions_by_slot(k.shape[2], self.sink, max(group)).to(q.device) for group in self._groups]
-            packed = [
-                torch.cat([*(t[-1, head, at] for head, at in enumerate(slots)), torch.zeros_like(t[-1, 0, :1])])
-                for t in (k, v)
-            ]
-            parts = q[-1, :, 0], *packed
+            slots = [slots.to(q.device) for slots in slots_by_head([max(group) + self.sink for group in self._groups])]
+            held = [positions_by_place(k.shape[2], self.sink, max(group)).to(q.device) for group in self._groups]
+            packed = [t.new_zeros(sum(map(len, slots)) + 1, t.shape[3]) for t in (k, v)]
+            for head, (where, at) in enumerate(zip(slots, held, strict=True)):
+                for into, t in zip(packed, (k, v), strict=True):
+                    into[where] = t[-1, head, at]
+            parts, places = (q[-1, :, 0], *packed), list(zip(slots, held, strict=True))
             wide = [t.double() for t in parts]
-            exact = self._by_definition(wide, slots, upstream.double(), _by_products, gradients)
+            exact = self._by_definition(wide, places, upstream.double(), _by_products, gradients)
             with rounding_kernels(q):
-                theirs = self._by_definition(parts, slots, upstream, _fused, gradients)
+                theirs = self._by_definition(parts, places, upstream, _fused, gradients)
             self._expected[gradients] = exact, theirs
         exact, theirs = self._expected[gradients]
         ours = self._ours(run, upstream, gradients)
@@ -79,20 +96,19 @@ class StepOverRings:
         return found
 
     def _by_definition(
-        self, parts: list[torch.Tensor] | tuple[torch.Tensor, ...], slots: list[torch.Tensor], upstream: torch.Tensor,
-        attend: Attend, gradients: bool,
+        self, parts: list[torch.Tensor] | tuple[torch.Tensor, ...], places: list[tuple[torch.Tensor, torch.Tensor]],
+        upstream: torch.Tensor, attend: Attend, gradients: bool,
     ) -> list[torch.Tensor]:  # fmt: skip
         """Output (H, D) and gradients, head by head, in the precision that `parts` have."""
         q, k, v = (t.detach().requires_grad_(gradients) for t in parts)
         newest = self.leaves[3].shape[2] - 1
-        outs, start, first = [], 0, 0
+        outs, first = [], 0
         with torch.set_grad_enabled(gradients):
-            for group, at in zip(self._groups, slots, strict=True):
+            for group, (where, at) in zip(self._groups, places, strict=True):
                 span = torch.tensor(group, device=q.device)[:, None]
                 seen = (at < self.sink) | (newest - at < span)
-                here = slice(start, start + len(at))
-                outs.append(attend(q[first : first + len(group)], k[here], v[here], seen))
-                start, first = here.stop, first + len(group)
+                outs.append(attend(q[first : first + len(group)], k[where], v[where], seen))
+                first += len(group)
             out = torch.cat(outs)
         return [out.detach(), *(torch.autograd.grad(out, (q, k, v), upstream) if gradients else ())]
 

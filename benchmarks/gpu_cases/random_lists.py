@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from attn_plugins.ops import block_sparse_attention
+from attn_plugins.pipelines.benching.backends import flex
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.oracle import SampledAttention
+from attn_plugins.pipelines.benching.sides import Built, Prepared, Setting, Side
 from attn_plugins.plan.block_plan import BlockPlan
-from benchmarks.gpu_sides import flex
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import Built, Case, Prepared, Setting, Side, random_qkv
-from benchmarks.gpu_suite.oracle import SampledAttention
+from benchmarks.gpu_suite.case import Case, random_qkv
 
 BLOCK = flex.BLOCK
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from attn_plugins.ops import routed_head_attention
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.definitions.gated_rows import GatedRows
+from attn_plugins.pipelines.benching.sides import FORWARD, Built, Prepared, Setting, Side
 from benchmarks.gpu_cases.moa import causal_sides
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import FORWARD, Built, Case, Prepared, Setting, Side, random_qkv
-from benchmarks.gpu_suite.oracle import SampledAttention, rounding_kernels
+from benchmarks.gpu_suite.case import Case, random_qkv
 
 SHAPES = {"mha": (32, 32), "gqa": (32, 8)}  # query heads, KV heads
 MLP = 10.5  # products of a model's feed-forward in units of width ** 2 a token: three matrices of 3.5 widths
@@ -79,26 +79,6 @@ class RoutedCase(Case):
             return mask[None].expand(len(heads), -1, -1)
 
         return Prepared(leaves, torch.randn_like(leaves[0]), GatedRows(leaves, seen, gates=gates), sides, share)
-
-
-@dataclass(frozen=True)
-class GatedRows(SampledAttention):
-    """Sampled rows of attention, times their gates (B, N, H)."""
-
-    gates: torch.Tensor = None  # type: ignore[assignment]  # behind fields that have defaults
-
-    def _by_pytorch(self, parts, mask, upstream, gradients: bool) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-        q, k, v = (t.detach().requires_grad_(gradients) for t in parts)
-        group = q.shape[0] // k.shape[0]
-        last = self.leaves[0].shape[1] - group
-        heads = [*range(group), *range(last, last + group)][: q.shape[0]]
-        weights = self.gates[-1][self.rows][:, heads].T[..., None].to(q.dtype)
-        with torch.set_grad_enabled(gradients), rounding_kernels(q):
-            wide_k, wide_v = (t.repeat_interleave(group, 0)[None] for t in (k, v))
-            out = F.scaled_dot_product_attention(q[None], wide_k, wide_v, attn_mask=mask[None], scale=self.scale)[0]
-            out = out * weights
-            grads = torch.autograd.grad(out, (q, k, v), upstream) if gradients else ()
-        return [out.detach(), *grads]
 
 
 PARTS = {"core": (False, False), "layer": (True, False), "model": (True, True)}

@@ -14,11 +14,12 @@ from attn_plugins.ops.vmoba.layout import encode, fit_block, fit_tile
 from attn_plugins.ops.vmoba.lists import attend_lists
 from attn_plugins.ops.vmoba.rows_op import attend_rows
 from attn_plugins.ops.vmoba.selection import Selection
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.definitions.block_choice import BlockChoice
+from attn_plugins.pipelines.benching.oracle import SampledAttention
+from attn_plugins.pipelines.benching.sides import BACKWARD, FORWARD, Built, Prepared, Setting, Side
 from attn_plugins.sequence import Sequence
-from benchmarks.gpu_cases.block_choice import BlockChoice
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import BACKWARD, FORWARD, Built, Case, Prepared, Setting, Side, random_qkv, times
-from benchmarks.gpu_suite.oracle import SampledAttention
+from benchmarks.gpu_suite.case import Case, random_qkv, times
 
 
 @dataclass(frozen=True, kw_only=True)

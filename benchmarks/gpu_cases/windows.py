@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
 
 from attn_plugins.ops import neighborhood_attention
-from attn_plugins.ops.neighborhood.heads import HeadSetting
-from attn_plugins.ops.neighborhood.spec import encode, plans_of
-from attn_plugins.plan.partition import AxisTiles, Partition
-from attn_plugins.plan.simulator import simulate
-from attn_plugins.sequence import Sequence
-from benchmarks.gpu_cases.window_rule import WindowRule
-from benchmarks.gpu_sides import flex, natten
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import Built, Case, Prepared, Setting, Side, random_qkv, times
-from benchmarks.gpu_suite.oracle import SampledAttention
+from attn_plugins.pipelines.benching.backends import natten
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.definitions.window_rule import WindowRule
+from attn_plugins.pipelines.benching.masks.grids import best_order, flex_windows, tile_order, visited
+from attn_plugins.pipelines.benching.oracle import SampledAttention
+from attn_plugins.pipelines.benching.sides import Built, Prepared, Setting, Side
+from benchmarks.gpu_suite.case import Case, random_qkv, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +75,7 @@ class WindowCase(Case):
             assert isinstance(out, torch.Tensor)  # no LSE was asked for
             return out
 
-        return Built(run, self.visited(q, backend))
-
-    def visited(self, q: torch.Tensor, backend: str) -> float:
-        """Density of the plan that the operator makes for these tensors."""
-        setting = HeadSetting(self.window, self.stride, (1,) * len(self.grid), (False,) * len(self.grid))
-        parts = plans_of(encode(Sequence(self.grid, 0, self.text), setting), q, backend)
-        return sum(plan.density for _, plan in parts) / len(parts)
+        return Built(run, visited(self.rule, q, backend))
 
     def _natten(self) -> Built:
         if self.text:
@@ -93,44 +83,16 @@ class WindowCase(Case):
         return natten.build(self.grid, self.window, self.stride)
 
     def _flex(self, device: torch.device) -> Built:
-        order = self.flex_order
-        rule = self.rule
-        if order is None:
-            places = torch.arange(rule.length, device=device)
-            return flex.build(
-                flex.block_tables(rule.seen, places), lambda b, h, i, j: rule.seen(i, j), rule.length, None
-            )
-        places = order.to(device)
-        narrow = places.to(torch.int32)
-        return flex.build(
-            flex.block_tables(rule.seen, places),
-            lambda b, h, i, j: rule.seen(narrow[i], narrow[j]),
-            rule.length,
-            places,
-        )
+        return flex_windows(self.rule, self.flex_order, device)
 
     @functools.cached_property
     def flex_order(self) -> torch.Tensor | None:
-        """The order in which flex attention visits least: raster (None) or tiles of 128 tokens. Not in its time.
-
-        In raster order a block is a run along the last axis; that suits wide windows, tiles suit all others.
-        """
-        options = {"grid": self.grid, "window": self.window, "stride": self.stride}
-        widths = [[2**i for i in range(8) if 2**i <= 2 * size] for size in self.grid]
-        shapes = [shape for shape in itertools.product(*widths) if torch.Size(shape).numel() == flex.BLOCK]
-        candidates = [None, max(shapes, key=lambda t: simulate(**options, q_tile=t, kv_tile=t).speedup)]  # type: ignore[arg-type]
-        orders = [None if tile is None else self.tile_order(tile) for tile in candidates]
-        return min(orders, key=self._flex_density)
+        """The order in which flex attention visits least: raster (None) or tiles of 128 tokens. Not in its time."""
+        return best_order(self.rule)
 
     def tile_order(self, tile: tuple[int, ...]) -> torch.Tensor:
         """(N,): the tokens tile by tile, the text behind them."""
-        tiles = Partition(tuple(AxisTiles(size, t) for size, t in zip(self.grid, tile, strict=True)))
-        return torch.cat([torch.from_numpy(tiles.order), torch.arange(self.rule.tokens, self.rule.length)])
-
-    def _flex_density(self, order: torch.Tensor | None) -> float:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        places = torch.arange(self.rule.length) if order is None else order
-        return flex.table_density(flex.block_tables(self.rule.seen, places.to(device))[0], self.rule.length)
+        return tile_order(self.rule, tile)
 
 
 def _case(name: str, grid, window, stride, *, heads: int, text: int = 0, quick: bool = False) -> WindowCase:  # type: ignore[no-untyped-def]

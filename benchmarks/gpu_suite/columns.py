@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Row = dict[str, object]
+from attn_plugins.pipelines.benching import results
+from attn_plugins.pipelines.benching.results import Row
 
 KEY = ("case", "dtype", "head_dim", "direction", "side")
 COLUMNS = (
@@ -39,11 +40,4 @@ def derived(row: Mapping[str, object], baseline: str, baseline_ms: float) -> Row
 
 def rounded(row: Mapping[str, object]) -> Row:
     """In the order of COLUMNS, numbers to five digits, -1 for what is missing: never a blank."""
-    unknown = set(row) - set(COLUMNS)
-    if unknown:
-        raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
-    return {name: _short(row.get(name, -1)) for name in COLUMNS}
-
-
-def _short(value: object) -> object:
-    return f"{value:.5g}" if isinstance(value, float) else value if value != "" else "-"
+    return results.rounded(row, COLUMNS)

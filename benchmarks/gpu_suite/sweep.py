@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from attn_plugins.pipelines.benching.contest import timed_call
+from attn_plugins.pipelines.benching.sides import DTYPE_NAMES, Prepared, Setting
+from attn_plugins.pipelines.benching.timing import interleaved, spread, stopwatch
 from benchmarks.gpu_cases import all_cases, chosen
-from benchmarks.gpu_suite.case import Prepared, Setting
-from benchmarks.gpu_suite.measure import DTYPE_NAMES, timed_call
-from benchmarks.gpu_suite.timing import interleaved, spread, stopwatch
 
 DEFAULT = ["hunyuan-18x24x24-s16x8x8", "random-33k-0.1"]
 TILES = ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32), (32, 64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.gpu_suite.case import DIRECTIONS
+from attn_plugins.pipelines.benching.sides import DIRECTIONS
 from benchmarks.gpu_suite.columns import Row
 from benchmarks.gpu_suite.summary import Line, lines, summary
 

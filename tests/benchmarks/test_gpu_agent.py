@@ -7,9 +7,9 @@ import torch
 
 from attn_plugins.ops import agent_attention
 from attn_plugins.ops.agent import pool_tokens
+from attn_plugins.pipelines.benching.contest import timed_call
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.agent import CASES, AgentCase
-from benchmarks.gpu_suite.case import Setting
-from benchmarks.gpu_suite.measure import timed_call
 from tests.support.spoiled import Spoiled
 
 FREE = next(case for case in CASES if case.name == "agent-4k").shrunk()

@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 
+from attn_plugins.pipelines.benching.definitions.window_rule import WindowRule
 from attn_plugins.plan.cost import choose_tiles
 from attn_plugins.plan.windows import axis_windows
 from benchmarks.gpu_cases import all_cases, chosen
 from benchmarks.gpu_cases.moa_decoding import StepCase
 from benchmarks.gpu_cases.random_lists import BLOCK, ListCase
-from benchmarks.gpu_cases.window_rule import WindowRule
 from benchmarks.gpu_cases.windows import WindowCase
 from tests.support.rule import rule_mask
 
@@ -82,7 +82,7 @@ def test_choosing_cases():
     assert 0 < len(quick) < len(cases) and all(case.quick for case in quick)
     wan = chosen(cases, ["wan", "1d"], True)
     assert [case.name for case in wan] == [name for name in names if name.startswith(("wan", "1d"))]
-    assert chosen(cases, ["block_sparse", "vmoba", "agent", "moa", "moa_decode", "mip", "routed_heads"], False) == cases
+    assert chosen(cases, ["block_sparse", "vmoba", "agent", "moa", "moa_decode", "mip", "routed_heads", "bam"], False) == cases
     assert {case.suite for case in chosen(cases, ["vmoba"], False)} == {"vmoba"}
     with pytest.raises(ValueError, match="no case begins so; there are .*hunyuan"):
         chosen(cases, ["hunyian"], False)

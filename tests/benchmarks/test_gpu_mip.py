@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attn_plugins.ops import weighted_merge
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.mip import CASES, ROWS
-from benchmarks.gpu_suite.case import Setting
 
 CASE = next(case for case in CASES if case.name == "mip-sdxl-4k").shrunk()
 sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from attn_plugins.ops import decode_attention, span_attention
+from attn_plugins.ops.decode.layout import Layout
+from attn_plugins.pipelines.benching.contest import timed_call
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.moa import CASES as PREFILL
 from benchmarks.gpu_cases.moa_decoding import CASES as STEPS
 from benchmarks.gpu_cases.moa_decoding import Replayed
-from benchmarks.gpu_cases.moa_definition import positions_by_slot
-from benchmarks.gpu_suite.case import Setting
-from benchmarks.gpu_suite.measure import timed_call
+from benchmarks.gpu_cases.moa_definition import positions_by_place, slots_by_head
 from tests.support.spoiled import Spoiled
 
 
@@ -52,14 +53,16 @@ def spoiled(run, which):
 
 def step(case, changed=lambda ranges: ranges, turn=lambda *t: t, positions=True):
     """Our step by hand, with something of it changed."""
-    kept = [0]
     group = case.heads // case.kv_heads
-    for first in range(0, case.heads, group):
-        kept.append(kept[-1] + max(case.spans[first : first + group]) + case.sink)
-    ranges = torch.tensor([[[[a, b]] for a, b in zip(kept, kept[1:], strict=False)]])
-    table = [positions_by_slot(case.tokens, case.sink, b - a - case.sink) for a, b in zip(kept, kept[1:], strict=False)]
+    rings = [max(case.spans[first : first + group]) for first in range(0, case.heads, group)]
+    layout = Layout.of([ring + case.sink for ring in rings])
+    ranges = torch.tensor(layout.ranges())[None]
+    table = torch.full((1, layout.total + 1), 2**31 - 1)
+    for head, ring in enumerate(rings):
+        for place, position in enumerate(positions_by_place(case.tokens, case.sink, ring).tolist()):
+            table[0, layout.slot(head, place)] = position
     rule = {
-        "key_positions": torch.cat([*table, torch.tensor([2**31 - 1])])[None], "spans": list(case.spans),
+        "key_positions": table, "spans": list(case.spans),
         "query_positions": torch.tensor([[case.tokens - 1]]), "sink": case.sink,
     }  # fmt: skip
 
@@ -120,12 +123,19 @@ def test_what_is_wrong_fails(case, run, where):
     assert not verdict.right and not error <= allowed
 
 
+@pytest.mark.parametrize("kept", [[600, 512, 40], [1, 511], [700, 700], [1200]], ids=str)
+def test_the_places_of_heads_are_those_of_the_library(kept):
+    layout = Layout.of(kept)
+    for head, slots in enumerate(slots_by_head(kept)):
+        assert slots.tolist() == [layout.slot(head, place) for place in range(kept[head])]
+
+
 @pytest.mark.parametrize(("tokens", "sink", "ring"), [(20, 3, 5), (8, 3, 5), (9, 0, 4), (13, 4, 9), (31, 1, 1)])
 def test_slots_are_those_of_tokens_written_one_by_one(tokens, sink, ring):
     held = [-1] * (sink + ring)
     for p in range(tokens):
         held[p if p < sink else sink + (p - sink) % ring] = p
-    assert positions_by_slot(tokens, sink, ring).tolist() == held
+    assert positions_by_place(tokens, sink, ring).tolist() == held
 
 
 @pytest.mark.parametrize("case", [MIXED, GROUPED, *(case.shrunk() for case in PREFILL[1:2])], ids=lambda c: c.name)

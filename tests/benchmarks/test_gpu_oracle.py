@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_cases.window_rule import WindowRule
-from benchmarks.gpu_suite.case import Verdict
-from benchmarks.gpu_suite.oracle import SampledAttention
+from attn_plugins.pipelines.benching.definitions.window_rule import WindowRule
+from attn_plugins.pipelines.benching.oracle import SampledAttention
+from attn_plugins.pipelines.benching.sides import Verdict
 from tests.support.spoiled import Spoiled
 
 RULE = WindowRule((300,), (40,), (1,), 5)

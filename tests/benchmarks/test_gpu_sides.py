@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
+from attn_plugins.pipelines.benching.backends import flex
+from attn_plugins.pipelines.benching.backends.dense import dense_sides
+from attn_plugins.pipelines.benching.definitions.window_rule import WindowRule
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases import all_cases
-from benchmarks.gpu_cases.window_rule import WindowRule
-from benchmarks.gpu_sides import flex
-from benchmarks.gpu_sides.dense import dense_sides
-from benchmarks.gpu_suite.case import Setting
 
 RULES = [
     WindowRule((300,), (40,), (7,)),

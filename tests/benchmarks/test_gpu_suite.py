@@ -5,17 +5,17 @@ import subprocess
 import pytest
 import torch
 
+from attn_plugins.pipelines.benching import clocks, cold, environment, memory
+from attn_plugins.pipelines.benching.timing import WallStopwatch, interleaved, spread
 from attn_plugins.plan.neighborhood import cached_neighborhood_plan
 from attn_plugins.plan.windows import axis_windows
 from attn_plugins.sequence import Sequence
-from benchmarks.gpu_suite import clocks, cold, environment, memory
 from benchmarks.gpu_suite.columns import COLUMNS, derived, rounded
 from benchmarks.gpu_suite.join import join
 from benchmarks.gpu_suite.results import Results, read
 from benchmarks.gpu_suite.summary import ours_ran, summary
 from benchmarks.gpu_suite.sweep import candidates, tried
 from benchmarks.gpu_suite.table import markdown
-from benchmarks.gpu_suite.timing import WallStopwatch, interleaved, spread
 
 
 class FakeWatch(WallStopwatch):

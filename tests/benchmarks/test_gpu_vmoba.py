@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from benchmarks.gpu_cases.block_choice import BlockChoice
+from attn_plugins.pipelines.benching.definitions.block_choice import BlockChoice
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.vmoba import CASES
-from benchmarks.gpu_suite.case import Setting
 from benchmarks.gpu_suite.columns import rounded
 from benchmarks.gpu_suite.table import markdown
 from tests.benchmarks.test_gpu_suite import row

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_plugins.pipelines.benching.oracle import rounding_kernels
 from attn_plugins.plan.block_plan import BlockPlan
-from benchmarks.gpu_suite.oracle import rounding_kernels
 from tests.support.tolerance import allowance
 
 Leaves = tuple[torch.Tensor, ...]

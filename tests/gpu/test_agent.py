@@ -7,9 +7,9 @@ import torch
 
 from attn_plugins.ops import agent_attention
 from attn_plugins.ops.agent import agent_grid, pool_tokens
+from attn_plugins.pipelines.benching.oracle import rounding_kernels
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.agent import CASES
-from benchmarks.gpu_suite.case import Setting
-from benchmarks.gpu_suite.oracle import rounding_kernels
 from tests.gpu.place import counted_compiles
 from tests.gpu.test_sync import no_sync
 from tests.support.agents import pytorchs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_plugins.ops import decode_attention
-from benchmarks.gpu_suite.oracle import rounding_kernels
+from attn_plugins.pipelines.benching.oracle import rounding_kernels
 from tests.support.tolerance import allowance, sdpa
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_plugins.ops import weighted_merge
-from benchmarks.gpu_suite.oracle import rounding_kernels
+from attn_plugins.pipelines.benching.oracle import rounding_kernels
 from tests.support.merging import paper
 from tests.support.tolerance import allowance
 

@@ -13,11 +13,11 @@ pytest.importorskip("transformers")
 import attn_plugins
 from attn_plugins.ops.decode.rings import Rings
 from attn_plugins.patches.caches import RingLayer
+from attn_plugins.pipelines.benching.oracle import rounding_kernels
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.moa import CASES as PREFILL
 from benchmarks.gpu_cases.moa_decoding import CASES as STEPS
 from benchmarks.gpu_cases.moa_decoding import Replayed
-from benchmarks.gpu_suite.case import Setting
-from benchmarks.gpu_suite.oracle import rounding_kernels
 from tests.gpu.test_sync import no_sync
 from tests.support.moa import EVEN, UNEVEN, generated, greedy
 from tests.support.tiny_language import prompt, tiny

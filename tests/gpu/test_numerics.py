@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from attn_plugins.ops import block_sparse_attention, neighborhood_attention
-from benchmarks.gpu_cases.window_rule import WindowRule
-from benchmarks.gpu_suite.oracle import SampledAttention
+from attn_plugins.pipelines.benching.definitions.window_rule import WindowRule
+from attn_plugins.pipelines.benching.oracle import SampledAttention
 from tests.support.tolerance import sdpa
 
 # grid, window, stride, text, heads, KV heads, head size, dtype

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attn_plugins.ops import routed_head_attention
+from attn_plugins.pipelines.benching.sides import Setting
 from benchmarks.gpu_cases.routed_heads import CASES
-from benchmarks.gpu_suite.case import Setting
 from tests.gpu.place import counted_compiles
 from tests.gpu.test_sync import no_sync
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.gpu_suite.case import Built
+from attn_plugins.pipelines.benching.sides import Built, Cannot
 
 BLOCK = 128  # flex attention's own default
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (query tokens, key tokens) to bool, broadcasting
@@ -24,21 +24,28 @@ def _compiled():  # type: ignore[no-untyped-def]
 
 
 def build(
-    blocks: Blocks, seen: Callable[..., torch.Tensor], length: int, order: torch.Tensor | None, gqa: bool = False
+    blocks: Blocks,
+    seen: Callable[..., torch.Tensor],
+    length: int,
+    order: torch.Tensor | None,
+    gqa: bool = False,
+    compiled: bool | None = None,
 ) -> Built:
     """Flex attention over a block mask, q, k, v put into `order` and the result back inside the run.
 
     Args:
         seen: a mask function of (batch, head, query place, key place).
+        compiled: None is on a GPU; a dry run on a CPU would compile for longer than all else takes.
     """
     visited, whole = blocks
     mask = block_mask(visited, whole, seen, length)
     density = table_density(visited, length)
     back = None if order is None else torch.argsort(order)
-    cuda = visited.device.type == "cuda"
-    attend = _compiled() if cuda else _uncompiled
+    attend = _compiled() if (visited.device.type == "cuda" if compiled is None else compiled) else _uncompiled
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if q.requires_grad and q.device.type == "cpu":
+            raise Cannot("no backward on a CPU")
         if order is not None:
             q, k, v = (t.index_select(2, order) for t in (q, k, v))
         out = attend(q, k, v, block_mask=mask, enable_gqa=gqa)
@@ -88,7 +95,6 @@ def table_density(visited: torch.Tensor, length: int) -> float:
 
 
 def _uncompiled(*qkv: torch.Tensor, **options: object) -> torch.Tensor:
-    """For the dry run on a CPU, where compiling would take longer than all else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return flex_attention(*qkv, **options)  # type: ignore[call-overload]

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 
 import torch
 
-from benchmarks import machine
-from benchmarks.gpu_suite import clocks
+from attn_plugins.pipelines.benching import clocks, machine
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """GPU, driver, CUDA, versions, commit; "-1" for what is not known.
-
-    The commit is git's, or ATTN_PLUGINS_COMMIT where the tree travelled without its history.
-    """
+    """GPU, driver, CUDA, versions, commit; "-1" for what is not known."""
     return {
         "gpu": gpu_name(device),
         "driver": clocks.driver() if device.type == "cuda" else "-1",
         "cuda": str(torch.version.cuda or torch.version.hip or "-1"),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "natten": _version("natten"),
+        "triton": version("triton"),
+        "natten": version("natten"),
         "python": platform.python_version(),
-        "commit": os.environ.get("ATTN_PLUGINS_COMMIT") or machine.describe()["commit"] or "-1",
+        "commit": machine.commit() or "-1",
     }
 
 
@@ -39,7 +34,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

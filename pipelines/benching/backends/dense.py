@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_suite.case import Built, Run, Side
+from attn_plugins.pipelines.benching.backends.flash_attention import MODULES as PACKAGES
+from attn_plugins.pipelines.benching.backends.sdpa import KERNELS
+from attn_plugins.pipelines.benching.sides import Built, Run, Side
 
 BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": KERNELS["sdpa_cudnn"],
+    "sdpa_flash": KERNELS["sdpa_flash"],
+    "sdpa_efficient": KERNELS["sdpa_efficient"],
 }
-PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}  # both: flash_attn_func(q, k, v)
 
 
 def dense_sides(device: torch.device, kv_groups: int = 1) -> tuple[Side, ...]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_suite.case import Run, Verdict
-from benchmarks.gpu_suite.oracle import all_finite, compare, rounding_kernels, sampled_rows
+from attn_plugins.pipelines.benching.oracle import all_finite, compare, rounding_kernels, sampled_rows
+from attn_plugins.pipelines.benching.sides import Run, Verdict
 
 LEAVES = ("q", "k", "v", "agents", "bias_aggregate", "bias_broadcast", "dwc_weight", "dwc_bias")
 Tensors = dict[str, torch.Tensor]

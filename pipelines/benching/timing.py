@@ -1,7 +1,7 @@
-"""Times of several sides, interleaved, by GPU events; medians and quantiles.
+"""Times of several sides, interleaved, by GPU events or a wall clock; medians and quantiles.
 
-Between two calls the L2 cache is flushed. Nothing but the call stands between the events: no probe, no allocation of
-ours, no read-back. On a CPU (the dry run) a wall clock stands in, and its numbers mean nothing.
+Between two calls the caches are flushed: the L2 of a GPU, all of a CPU's. Nothing but the call stands between the
+events: no probe, no allocation of ours, no read-back.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -61,9 +62,13 @@ class GpuStopwatch:
 
 
 class WallStopwatch:
-    """The dry run's: the same shape, another clock."""
+    """A CPU's clock. With `flush`, bytes of memory that are written before each call, so that it finds cold caches."""
+
+    def __init__(self, flush: int = 0) -> None:
+        self._flush = torch.zeros(flush, dtype=torch.int8)
 
     def start(self) -> None:
+        self._flush.add_(1)
         self._marks: list[float] = []
         self.mark()
 
@@ -82,8 +87,20 @@ class WallStopwatch:
 Stopwatch = GpuStopwatch | WallStopwatch
 
 
-def stopwatch(device: torch.device) -> Stopwatch:
-    return GpuStopwatch(device) if device.type == "cuda" else WallStopwatch()
+def stopwatch(device: torch.device, cold: bool = False) -> Stopwatch:
+    """`cold`: flush a CPU's caches, too (a GPU's always are; a dry run on a CPU need not)."""
+    if device.type == "cuda":
+        return GpuStopwatch(device)
+    return WallStopwatch(2 * cache_bytes() if cold else 0)
+
+
+def cache_bytes() -> int:
+    """Of the largest cache of this processor; 64 MiB where the system does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes) or 64 << 20
 
 
 def interleaved(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu_suite.case import Built
+from attn_plugins.pipelines.benching.sides import Built
 
 
 def build(grid: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...]) -> Built:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+from pathlib import Path
 
 import torch
 
@@ -15,8 +17,17 @@ def describe() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of this code: git's, or ATTN_PLUGINS_COMMIT where it travelled without its history; "" where neither is there."""
+    if given := os.environ.get("ATTN_PLUGINS_COMMIT"):
+        return given
+    if not _git("ls-files", "../__init__.py"):  # an installed copy, perhaps inside somebody else's repository
+        return ""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
 
 
 def _processor() -> str:
@@ -33,6 +44,9 @@ def _processor() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parent
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return done.stdout.strip()

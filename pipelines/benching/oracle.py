@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_suite.case import Run, Verdict
+from attn_plugins.pipelines.benching.sides import Run, Verdict
 
 # (query heads (h,), rows (R,)) to a bool mask (h or 1, R, N_kv)
 MaskRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
