@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,13 +27,13 @@ class PatchHandle:
     Also a context manager: the patch goes when the block ends. It holds the models weakly.
 
     Attributes:
-        method: the method's name.
-        patches: one `Patched` per root, in order.
+        method: the method's name; several, of a recipe of several patches, joined by "+".
+        patches: one `Patched` per root and patch, in order.
         measures: what the last `measure` block found; None before the first.
     """
 
     def __init__(self, rows: list[tuple[nn.Module, Patched]]) -> None:
-        self.method = rows[0][1].method
+        self.method = "+".join(dict.fromkeys(patched.method for _, patched in rows))
         self.patches = [patched for _, patched in rows]
         self.measures: Measures | None = None
         self._roots = [weakref.ref(root) for root, _ in rows]
@@ -187,18 +187,24 @@ class PatchHandle:
             )
         return self.roots[0]
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, evidence: Mapping[str, Any] | None = None) -> Path:
         """Write the patch as a recipe, which `patch(obj, path)` takes.
+
+        evidence: where it was measured, and what came of it, in plain values; with `tokens: [least, most]`, of the
+        grids, a patch by the recipe says so at other sizes.
 
         Raises:
             ValueError: roots that were patched differently have no single recipe.
         """
-        first = self.patches[0]
-        if not all(patched.same_as(first) for patched in self.patches):
+        by_root: dict[int, list[Patched]] = {}
+        for number, (ref, patched) in enumerate(zip(self._roots, self.patches, strict=True)):
+            by_root.setdefault(id(ref() or number), []).append(patched)
+        first, *others = by_root.values()
+        if not all(_same(first, rows) for rows in others):
             raise ValueError(
                 "the patched models differ in sites or config: patch them one by one, and save each handle"
             )
-        return recipe.write(first, path)
+        return recipe.write(first, path, evidence)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -211,6 +217,10 @@ class PatchHandle:
     def __repr__(self) -> str:
         sites = sum(len(patched.layers) for patched in self.patches)
         return f"<PatchHandle {self.method}: {sites} sites, {'active' if self.active else 'removed'}>"
+
+
+def _same(a: list[Patched], b: list[Patched]) -> bool:
+    return len(a) == len(b) and all(one.same_as(other) for one, other in zip(a, b, strict=True))
 
 
 def _backends(root: nn.Module | None, patched: Patched) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -64,6 +65,8 @@ class AttentionCall:
     `first_head`, `layer_heads`: where other devices have the rest of the heads, the place of q's first one among all of
     the layer's; what a method sets per head is counted among those. `asks`: the rows whose output is read (None: all);
     the others of q are filling.
+
+    `parts`: of methods that need prompts (prompts.py), what the text of this forward is made of.
     """
 
     q: torch.Tensor
@@ -86,6 +89,7 @@ class AttentionCall:
     weights: Any = None
     prepared: Any = None
     watch: Any = None
+    parts: Any = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -237,6 +241,8 @@ class Method(ABC):
     own_settings: ClassVar[frozenset[str]] = frozenset()
     # its processors are `ReferenceProcessor`s (references.py): for models with the images of an image adapter alone
     needs_references: ClassVar[bool] = False
+    # its processors are `PromptProcessor`s (prompts.py): for models whose text can be made longer
+    needs_prompts: ClassVar[bool] = False
     # of kind "module": its weights are made for the grid of the size that a model is made for
     needs_grid: ClassVar[bool] = False
 
@@ -246,6 +252,20 @@ class Method(ABC):
 
         Equal layers must get the same object: a compiled model needs a graph for each distinct one.
         """
+
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        """Options worth trying on such a layer where something chooses (`attn-plugins tune`), mild ones first.
+
+        grid: tokens per axis, outermost first; (N,) of a text. Presets are tried besides; (): they alone are.
+        """
+        return ()
+
+    def on_heads(self, rows: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> dict[str, Any] | None:
+        """Options by which some query heads have options of their own, (heads, options) a row, and all others are dense.
+
+        None: this method, or one of these settings, cannot say so.
+        """
+        return None
 
     def weights(self, config: MethodConfig, shape: SiteShape, layer_index: int) -> torch.nn.Module | None:
         """New weights for a layer, of methods of kind "module": they become a child of the layer, called as the method.

@@ -20,7 +20,7 @@ from attn_plugins.method import AttentionCall, Processor, SiteKind
 from attn_plugins.schedule import Schedule
 from attn_plugins.sequence import Sequence
 
-Snapshot = tuple["Sequence | None", bool, str]
+Snapshot = tuple["Sequence | None", bool, str, Any]
 UNKNOWN = "the token grid of this call is unknown"
 
 
@@ -48,6 +48,8 @@ class Moment(threading.local):
         self.lean = self.served = False  # its queries lack what the method does not read; the method has run
         self.refusal = ""  # why it has not
         self.outer: Snapshot | None = None  # what holds again when a level inside a level ends
+        self.parts: Any = None  # of methods that need prompts: the TextParts of this forward's text
+        self.half: str | None = None  # what the pipeline calls this call: "cond", "uncond"
 
 
 class RootState:
@@ -61,6 +63,7 @@ class RootState:
             A pair is (on a CPU, on other devices).
         key_padding: the family has turned the model's key padding mask into the sequence's valid lengths.
         in_parts: the model's attention takes its text in calls of its own, which stay dense without a word.
+        measured: tokens of the least and the largest grid that the settings were measured at; other sizes get a word.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RootState:
         min_tokens: int | tuple[int, int] = 0,
         key_padding: bool = False,
         in_parts: bool = False,
+        measured: tuple[int, int] | None = None,
     ) -> None:
         self.schedule = schedule
         self.clock = clock
@@ -79,10 +83,12 @@ class RootState:
         self.min_tokens = _one_or_pair(min_tokens)
         self.key_padding = key_padding
         self.in_parts = in_parts
+        self.measured = measured
         self.moment = Moment()
         self.warned: set[str] = set()
         self.text_apart: bool | str | None = None  # how context parallelism cuts: see patches/context_parallel.py
         self.shared_heads: tuple[int, int] | None = None  # this device's share under tensor parallelism, of how many
+        self.prompts: Any = None  # of methods that need prompts: see patches/longer_text.py
         self.last_sequence: Sequence | None = None  # of the largest grid; for reports only; any thread's
 
     def enter(self, sequence: Sequence | None, dense: bool, reason: str = UNKNOWN) -> None:
@@ -103,8 +109,10 @@ class RootState:
         return least if isinstance(least, int) else least[device.type != "cpu"]
 
     def begin_forward(self, root: nn.Module) -> None:
-        """Before `enter`, where a root's forward begins; says if min_tokens left the method nothing of the last one."""
+        """Before `enter`, where a root's forward begins: says what the sizes of the last one were wrong for."""
         moment = self.moment
+        if moment.largest and self.measured and not self.measured[0] <= moment.largest <= self.measured[1]:
+            self._warn_unmeasured(moment.largest, *self.measured)
         least = self.least_tokens(device_of(root)) if moment.largest and self.min_tokens else 0
         if 0 < moment.largest < least:
             self.warn_once(
@@ -121,24 +129,29 @@ class RootState:
 
     def snapshot(self) -> Snapshot:
         moment = self.moment
-        return moment.sequence, moment.dense, moment.reason
+        return moment.sequence, moment.dense, moment.reason, moment.parts
 
     @contextlib.contextmanager
     def use(self, snapshot: Snapshot) -> Iterator[None]:
         """Run with the moment of an earlier call: what a checkpoint's recomputation needs."""
         before = self.snapshot()
         moment = self.moment
-        moment.sequence, moment.dense, moment.reason = snapshot
+        moment.sequence, moment.dense, moment.reason, moment.parts = snapshot
         try:
             yield
         finally:
-            moment.sequence, moment.dense, moment.reason = before
+            moment.sequence, moment.dense, moment.reason, moment.parts = before
 
     def refuse(self, reason: str) -> None:
-        """A call stays dense although a method was asked for: say why, once; under `strict` raise."""
+        """A call stays dense although a method was asked for: say why, once; under `strict` raise.
+
+        Raises:
+            Refused: under `strict`, and where the text holds a method's prompts: dense, each would be for all tokens.
+        """
         self.moment.refusal = reason
-        if self.strict:
-            raise Refused(f"attn_plugins (strict=True): {reason}")
+        if self.strict or self.moment.parts is not None:
+            why = "strict=True" if self.strict else "its prompts are in the text, so it cannot go on dense"
+            raise Refused(f"attn_plugins ({why}): {reason}")
         if torch.compiler.is_compiling():
             _warn_while_compiling(reason)
         else:
@@ -149,6 +162,14 @@ class RootState:
             return
         self.warned.add(reason)
         _warn(reason)
+
+    def _warn_unmeasured(self, tokens: int, least: int, most: int) -> None:
+        sizes = f"{least}" if least == most else f"{least} to {most}"
+        reason = f"these settings were measured at grids of {sizes} tokens"
+        if not torch.compiler.is_compiling() and reason not in self.warned:
+            self.warned.add(reason)
+            message = f"attn_plugins: {reason}; this one has {tokens}: what it gains and costs here is not known"
+            warnings.warn(message, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "moment"}

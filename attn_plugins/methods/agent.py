@@ -114,6 +114,9 @@ class Agent(Method):
     min_tokens = (512, 2048)
     own_settings = frozenset({"ratio", "agents"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({"ratio": 0.125}, {"ratio": 0.0625})
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
     ) -> Processor | None:

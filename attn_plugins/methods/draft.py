@@ -68,6 +68,9 @@ class Draft(Method):
     config_class = DraftConfig
     own_settings = frozenset({"pool", "keep"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({"keep": 0.5}, {"keep": 0.25})
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
     ) -> Processor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,25 @@ class GNA(Method):
     config_class = GNAConfig
     sites = frozenset({"self", "joint", "causal"})
     own_settings = frozenset({"window", "per_layer", "per_head"})
+
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        if kind == "causal":
+            return tuple({"window": max(grid[0] // part, 1)} for part in (2, 4, 8))
+        half = (-1,) * (len(grid) - 2) + (0.5, 0.5)
+        if len(grid) < 3:
+            return {"window": (0.75,) * len(grid)}, {"window": (0.5,) * len(grid)}, {"window": (0.25,) * len(grid)}
+        in_time = [{"window": (share, -1, -1)} for share in (0.5, 0.25)]
+        return *in_time, {"window": half}, {"window": (0.5, 0.5, 0.5)}
+
+    def on_heads(self, rows: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> dict[str, Any] | None:
+        rest: dict[str, Any] = {}
+        per_head = []
+        for heads, options in rows:
+            if options.get("per_layer") or options.get("per_head"):
+                return None
+            per_head.append({"heads": list(heads), **{key: options[key] for key in SETTING if key in options}})
+            rest |= {key: value for key, value in options.items() if key not in SETTING}
+        return {**rest, "window": -1, "per_head": per_head}
 
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"

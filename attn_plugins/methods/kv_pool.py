@@ -93,6 +93,9 @@ class KVPool(Method):
     min_tokens = (512, 2048)
     own_settings = frozenset({"factor"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({"factor": 2},)
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
     ) -> Processor | None:

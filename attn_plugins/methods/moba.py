@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,10 @@ class MoBA(Method):
     config_class = MoBAConfig
     sites = frozenset({"causal"})
     own_settings = frozenset({"block", "k_blocks"})
+
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        block = max(grid[0] // 16, 64)
+        return {"block": block, "k_blocks": 8}, {"block": block, "k_blocks": 4}
 
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "causal"

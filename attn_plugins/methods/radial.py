@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -153,6 +154,9 @@ class Radial(Method):
     paper = "arXiv 2506.19852"
     config_class = RadialConfig
     own_settings = frozenset({"block", "decay", "sink"})
+
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({}, {"decay": 0.5})
 
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"

@@ -64,6 +64,9 @@ class Sparge(Method):
     config_class = SpargeConfig
     own_settings = frozenset({"block", "tau"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({"tau": 0.95}, {"tau": 0.8})
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
     ) -> Processor | None:

@@ -114,6 +114,9 @@ class VMoBA(Method):
     config_class = VMoBAConfig
     own_settings = frozenset({"blocks", "k_blocks", "tau"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return ({"k_blocks": 0.5}, {"k_blocks": 0.25})
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "self"
     ) -> Processor | None:

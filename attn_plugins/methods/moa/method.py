@@ -100,6 +100,9 @@ class MoA(Method):
     sites = frozenset({"causal"})
     own_settings = frozenset({"plan", "span", "pattern", "window"})
 
+    def ladder(self, kind: SiteKind, grid: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        return {"span": 0.5}, {"span": 0.25}, {"span": 0.125}
+
     def processor(
         self, config: MethodConfig, layer_index: int, layer_count: int, kind: SiteKind = "causal"
     ) -> Processor | None:
