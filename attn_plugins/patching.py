@@ -75,9 +75,8 @@ def patch(
     request = _Request(method, quality, preset, layers, dense_steps, num_steps, backend, strict, min_tokens, options)
     if method == grafting.BAM:
         return grafting.graft(obj, **request.without_settings())
-    if recipe.is_recipe(method):
-        request = _from_recipe(request)
-    planned = [_plan(target, request) for target in find(obj)]
+    requests = _from_recipe(request) if recipe.is_recipe(method) else [request]
+    planned = [_plan(target, one) for target in find(obj) for one in requests]
     handle = _install(planned)
     for one in planned:
         if one.advice and any(one.patched is row for row in handle.patches):
@@ -148,6 +147,7 @@ class _Request:
     min_tokens: int | tuple[int, int] | None
     options: dict[str, Any]
     recipe_of: str | None = None
+    measured: tuple[int, int] | None = None  # tokens of the grids that the evidence is of
 
     def without_settings(self) -> dict[str, Any]:
         """The options, of what takes none of the arguments that all methods share.
@@ -164,25 +164,36 @@ class _Request:
         return self.options
 
 
-def _from_recipe(request: _Request) -> _Request:
-    """The request that a recipe file stands for; what the caller gave besides wins."""
+def _from_recipe(request: _Request) -> list[_Request]:
+    """The requests that a recipe file stands for; what the caller gave besides wins.
+
+    Raises:
+        ValueError: options or layers of the caller's own for a file of several patches: they would be of all of them.
+    """
     assert isinstance(request.method, (str, Path))  # recipe.is_recipe
     saved = recipe.read(request.method)
+    if len(saved.rows) > 1 and (request.options or request.layers is not None):
+        given = next(iter(request.options), "layers")
+        raise ValueError(f"{given}=...: {request.method} is {len(saved.rows)} patches; change it in the file")
+    return [_from_row(request, row, saved.tokens) for row in saved.rows]
 
+
+def _from_row(request: _Request, row: Mapping[str, Any], tokens: tuple[int, int] | None) -> _Request:
     def given(name: str, otherwise: Any = None) -> Any:
         value = getattr(request, name)
-        return saved.get(name, otherwise) if value is None else value
+        return row.get(name, otherwise) if value is None else value
 
-    names = frozenset(saved.get("sites", ()))
+    names = frozenset(row.get("sites", ()))
     return dataclasses.replace(
         request,
-        method=saved["method"],
+        method=row["method"],
         layers=functools.partial(is_named, names) if names and request.layers is None else request.layers,
         dense_steps=given("dense_steps", 0),
         num_steps=given("num_steps"),
         min_tokens=given("min_tokens", 0),
-        options={**saved.get("options", {}), **request.options},
-        recipe_of=saved.get("family", ""),
+        options={**row.get("options", {}), **request.options},
+        recipe_of=row.get("family", ""),
+        measured=tokens,
     )
 
 
@@ -215,7 +226,13 @@ def _plan(target: Target, request: _Request) -> _Planned:
     if method.needs_references and "references" not in family.extras:
         raise ValueError(
             f"{method.name!r} merges the reference images of an IP-Adapter, which is not known for {family.title}: "
-            "it is for pipelines of Stable Diffusion 1.5 and XL"
+            "it is for pipelines of Stable Diffusion 1.5 and XL, and of FLUX.1"
+        )
+    if method.needs_prompts and "prompts" not in family.extras:
+        known = ", ".join(row.title for row in registry.families() if "prompts" in row.extras)
+        raise ValueError(
+            f"{method.name!r} puts prompts beside a model's text, which is not known for {family.title}: it is for "
+            f"{known}"
         )
     chosen = None
     settled = request.recipe_of is not None or request.options.keys() & method.own_settings
@@ -227,7 +244,8 @@ def _plan(target: Target, request: _Request) -> _Planned:
     min_tokens = request.min_tokens
     if min_tokens is None:
         least = (chosen.min_tokens if chosen else 0) or family.extras.get("min_tokens", 0)
-        least = 0 if method.needs_references else least  # an adapter is in every layer
+        if method.needs_references or method.needs_prompts:
+            least = 0  # an adapter, and the text, is in every layer
         min_tokens = max(least, method.min_tokens[0]), max(least, method.min_tokens[1])
     config = _config(method, options, request.backend)
     schedule = Schedule(dense_steps, request.num_steps)
@@ -236,8 +254,11 @@ def _plan(target: Target, request: _Request) -> _Planned:
     state = RootState(
         schedule, clock=clock, strict=request.strict, min_tokens=min_tokens,
         key_padding=bool(family.extras.get("key_padding")), in_parts=bool(family.extras.get("in_parts")),
+        measured=request.measured,
     )  # fmt: skip
     all_sites = family.find_sites(root)
+    if method.needs_references:
+        all_sites = family.extras["references"].sites(all_sites)
     sites, skipped = select(method, family, all_sites, layers)
     shapes = weights.shapes(method, family, root, sites)
     if shapes:
@@ -252,12 +273,15 @@ def _plan(target: Target, request: _Request) -> _Planned:
             plan.layers.append(Layer(state, processor, site.kind, site.name, site.index))
     if not plan.layers:
         raise ValueError(f"{method.name!r} with {config} leaves every site of {family.title} dense: zero sites")
+    prepared = None
     if method.needs_references:
-        family.extras["references"].prepare(root, family, target.pipe, plan.layers)
+        prepared = family.extras["references"].prepare(root, family, target.pipe, plan.layers)
+    if method.needs_prompts:
+        state.prompts = family.extras["prompts"].prepare(root, family, target.pipe, plan.layers)
     names = {layer.name for layer in plan.layers}
     chosen_sites = [site for site in sites if site.name in names]
     plan.kept = bool(shapes)
-    made = weights.of_sites(method, config, chosen_sites, shapes)
+    made = prepared or weights.of_sites(method, config, chosen_sites, shapes)
     return _Planned(target, plan, made, method.advice(config))
 
 

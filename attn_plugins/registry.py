@@ -30,6 +30,7 @@ BUILTIN_METHODS = {
     "moh": "attn_plugins.methods.moh:MoH",
     "moba": "attn_plugins.methods.moba:MoBA",
     "radial": "attn_plugins.methods.radial:Radial",
+    "regions": "attn_plugins.methods.regions.method:Regions",
     "sparge": "attn_plugins.methods.sparge:Sparge",
     "trained_agent": "attn_plugins.methods.trained_agent.method:TrainedAgent",
     "vmoba": "attn_plugins.methods.vmoba:VMoBA",

@@ -82,6 +82,17 @@ def reference_scales(scale: Sequence[Any], counts: Sequence[int], photos: Sequen
     return tuple(found)
 
 
+def reference_rows(rows: torch.Tensor, counts: Sequence[int], photos: Sequence[int]) -> torch.Tensor:
+    """(R, C) from what each adapter has, (adapters, C).
+
+    Raises:
+        ValueError: another number of adapters.
+    """
+    if len(rows) != len(counts):
+        raise ValueError(f"checkpoint names {len(rows)} files, and there are {len(counts)} IP-Adapters: one for each")
+    return torch.cat([row.expand(len(own), -1) for row, own in zip(rows, groups(counts, photos), strict=True)])
+
+
 def reference_masks(
     masks: Any, counts: Sequence[int], photos: Sequence[int], positions: int, device: torch.device
 ) -> torch.Tensor:

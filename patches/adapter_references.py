@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from attn_plugins.method import SiteKind
 from attn_plugins.patches.adapter_images import groups, images_of
 from attn_plugins.patches.checkpointing import Weakly
-from attn_plugins.patches.family import Family, Site
+from attn_plugins.patches.family import Family, Site, Undo
 from attn_plugins.patches.grids.arguments import argument
 from attn_plugins.patches.interception import ORIGINAL
 from attn_plugins.patches.phrases import LayerPhrases, encode
 from attn_plugins.patches.processor_swap import Swapped
-from attn_plugins.references import ReferenceProcessor
+from attn_plugins.references import ReferenceProcessor, TextToWeight
 from attn_plugins.runtime import Layer, RootState
 
 ADAPTED = "IPAdapterAttnProcessor2_0"  # the processor that `load_ip_adapter` sets
-_LOAD = "call pipe.load_ip_adapter(...) first"
+LOAD = "call pipe.load_ip_adapter(...) first"
 
 
 def adapter_of(root: nn.Module) -> nn.Module | None:
@@ -39,6 +41,23 @@ def _refuse_replaced(modules: Sequence[nn.Module]) -> None:
                 "(pipe.unfuse_qkv_projections(), or pipe.disable_xformers_memory_efficient_attention()), or load the "
                 "IP-Adapter after it"
             )
+
+
+def check_images(processor: ReferenceProcessor, counts: Sequence[int]) -> None:
+    """Raise where a call's images, by adapter, are not those that the phrases name."""
+    names = list(processor.phrases)
+    if not counts:
+        raise ValueError(
+            f"the call has no reference images for {names}: give the pipeline ip_adapter_image or "
+            "ip_adapter_image_embeds, or unpatch for a picture without them"
+        )
+    if sum(counts) != sum(processor.photos):
+        raise ValueError(
+            f"{len(names)} phrases {names} name {sum(processor.photos)} reference images, and the call has "
+            f"{sum(counts)} (by adapter: {', '.join(map(str, counts))}): give one phrase for each image, or "
+            "photos=[...] for several images of one object"
+        )
+    groups(counts, processor.photos)
 
 
 class MergingSwapped(Swapped):
@@ -69,24 +88,11 @@ class ReferenceHook:
     def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         processor: Any = self.layer.processor  # a ReferenceProcessor, or what measures one
         if not adapter_of(root):
-            self.state.refuse(f"the IP-Adapter was unloaded: {_LOAD} to merge references again, or unpatch")
+            self.state.refuse(f"the IP-Adapter was unloaded: {LOAD} to merge references again, or unpatch")
             return
         _refuse_replaced(self.modules)
-        names = list(processor.phrases)
         embeds = (argument(root, args, kwargs, "added_cond_kwargs") or {}).get("image_embeds")
-        if embeds is None:
-            raise ValueError(
-                f"the call has no reference images for {names}: give the pipeline ip_adapter_image or "
-                "ip_adapter_image_embeds, or unpatch for a picture without them"
-            )
-        counts = images_of(embeds)
-        if sum(counts) != sum(processor.photos):
-            raise ValueError(
-                f"{len(names)} phrases {names} name {sum(processor.photos)} reference images, and the call has "
-                f"{sum(counts)} (by adapter: {', '.join(map(str, counts))}): give one phrase for each image, or "
-                "photos=[...] for several images of one object"
-            )
-        groups(counts, processor.photos)
+        check_images(processor, [] if embeds is None else images_of(embeds))
         text = argument(root, args, kwargs, "encoder_hidden_states")
         phrases = self.layer.references.phrases
         if phrases.rows.shape[-1] != text.shape[-1]:
@@ -98,10 +104,20 @@ class ReferenceHook:
 
 
 class IPAdapterReferences:
-    """How methods get at an IP-Adapter's reference images: `references` of a family."""
+    """How methods get at an IP-Adapter's reference images: `references` of a family.
 
-    def prepare(self, root: nn.Module, family: Family, pipe: object, layers: Sequence[Layer]) -> None:
+    takes: the kind of attention that has an adapter.
+    """
+
+    takes: SiteKind = "cross"
+
+    def prepare(
+        self, root: nn.Module, family: Family, pipe: object, layers: Sequence[Layer]
+    ) -> dict[str, Callable[[], nn.Module]]:
         """Before a patch: an IP-Adapter must be loaded; encodes the phrases and hands each layer its own.
+
+        Returns:
+            What makes the weights of each layer, by its name, of processors that train them.
 
         Raises:
             ValueError: no IP-Adapter, processors that something has replaced, or phrases that cannot be encoded.
@@ -110,21 +126,38 @@ class IPAdapterReferences:
         assert isinstance(processor, ReferenceProcessor)  # patching asks for methods that merge references
         sites = [site for site in family.find_sites(root) if site.kind == "cross"]
         if not adapter_of(root):
-            raise ValueError(f"{type(root).__name__} has no IP-Adapter: {_LOAD}, then patch")
+            raise ValueError(f"{type(root).__name__} has no IP-Adapter: {LOAD}, then patch")
         if getattr(root, "text_encoder_hid_proj", None) is not None:
             raise ValueError("Kolors projects its text once more, and its tokenizer is not CLIP's: it takes no phrases")
         names = {layer.name for layer in layers}
         _refuse_replaced([site.module for site in sites if site.name in names])
         widths = [site.module.inner_dim for site in sites]  # type: ignore[union-attr]
         weights = processor.text_weights([int(width) for width in widths])  # type: ignore[arg-type]
+        adapters = len(adapter_of(root).image_projection_layers)  # type: ignore[union-attr, arg-type]
+        if weights and weights[0].ndim == 2 and len(weights[0]) != adapters:
+            raise ValueError(
+                f"checkpoint names {len(weights[0])} files, and there are {adapters} IP-Adapters: one for each"
+            )
+        if processor.trains and adapters != 1:
+            raise ValueError(f"train=True with {adapters} IP-Adapters: one is trained at a time, load it alone")
         phrases = encode(pipe, processor.phrases)
+        if processor.trains:
+            rows = weights or [torch.zeros(int(width)) for width in widths]  # type: ignore[arg-type]
+            weights = None  # the layers' modules have them
         for layer in layers:
             layer.references = LayerPhrases(phrases, None if weights is None else weights[layer.index])
+        if not processor.trains:
+            return {}
+        return {layer.name: functools.partial(TextToWeight, rows[layer.index]) for layer in layers}
 
     def swapped(self, modules: list[nn.Module]) -> Swapped:
         """What keeps their processors in place."""
         return MergingSwapped(modules)
 
-    def hook(self, state: RootState, layers: list[tuple[Site, Layer]]) -> ReferenceHook:
+    def sites(self, sites: list[Site]) -> list[Site]:
+        """The sites as methods that merge references see them."""
+        return sites
+
+    def attach(self, root: nn.Module, state: RootState, layers: list[tuple[Site, Layer]]) -> list[Undo]:
         """What looks at each call of the root first."""
-        return ReferenceHook(state, layers)
+        return [root.register_forward_pre_hook(ReferenceHook(state, layers), with_kwargs=True).remove]

@@ -64,7 +64,7 @@ def _attend(
     call = AttentionCall(
         query, key, value, layer.kind, moment.sequence, scale, mask, causal, dropout,
         first_head=first_head, layer_heads=layer_heads, plain=_running.plain if layer.wants_plain else None,
-        weights=_running.weights, prepared=layer.prepared, watch=layer.watch,
+        weights=_running.weights, prepared=layer.prepared, watch=layer.watch, parts=moment.parts,
     )  # fmt: skip
     if layer.wants_inputs:
         assert _running.inputs is not None  # set with the layer

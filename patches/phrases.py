@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_plugins.patches.prompts import check_encodes, encode_prompts
+
 
 class Phrases:
     """Rows of R phrases, shared by all layers of a patch.
@@ -47,22 +49,10 @@ def encode(pipe: Any, names: Sequence[str]) -> Phrases:
     Raises:
         ValueError: no pipeline or text encoder, an empty phrase, or one that is longer than the encoder takes.
     """
-    if not callable(getattr(pipe, "encode_prompt", None)):
-        raise ValueError(
-            f"phrases {list(names)} are encoded by the pipeline's text encoders: patch the pipeline, not its UNet"
-        )
-    tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
-    if tokenizer is None or not (getattr(pipe, "text_encoder", None) or getattr(pipe, "text_encoder_2", None)):
-        raise ValueError(
-            f"{type(pipe).__name__} has no tokenizer or text encoder (set free?): load them, to encode {list(names)}"
-        )
+    check_encodes(pipe, "phrases", names)
+    tokenizer = getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
     counts = [_count(pipe, tokenizer, name) for name in names]
-    with torch.no_grad():
-        found = pipe.encode_prompt(
-            prompt=list(names), device=pipe._execution_device, num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )[0]  # fmt: skip
-    rows = found[:, 1 : 1 + max(counts)].detach().clone()
+    rows = encode_prompts(pipe, names)[:, 1 : 1 + max(counts)].clone()
     return Phrases(tuple(names), rows[None], torch.tensor([counts], device=rows.device))
 
 

@@ -111,7 +111,7 @@ class InnerLevelHook(LevelHook):
     def leave(self, level: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         moment = self.state.moment
         if moment.outer is not None:
-            moment.sequence, moment.dense, moment.reason = moment.outer
+            moment.sequence, moment.dense, moment.reason, moment.parts = moment.outer
             moment.outer = None
 
 
@@ -133,7 +133,8 @@ class ProcessorSwap:
 
     For models whose grid changes on the way, a family's `extras` may have `levels`: {class name, or expression over
     module names: reader}; and `inner_levels`, alike, for parts inside of a level, after which its grid holds again.
-    `references`: how methods get at reference images beside the text (patches/adapter_references.py).
+    `references`: how methods get at reference images beside the text (patches/adapter_references.py,
+    patches/adapter_flux.py). `prompts`: how methods put prompts beside the text (patches/longer_text.py).
     """
 
     def install(
@@ -167,7 +168,9 @@ class ProcessorSwap:
             hook = RootHook(family.read, state, swapped, checkpointing)
             undo.append(root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
             if merging:
-                undo.append(root.register_forward_pre_hook(merging.hook(state, layers), with_kwargs=True).remove)
+                undo += merging.attach(root, state, layers)
+            if state.prompts is not None:
+                undo += state.prompts.listen(root, family.read, state)
             for module, read in _levels(root, family.extras.get("levels", {})):
                 level_hook = LevelHook(read, state)
                 undo.append(module.register_forward_pre_hook(level_hook, with_kwargs=True, prepend=True).remove)

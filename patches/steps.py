@@ -46,6 +46,11 @@ class StepClock:
         if all(ref() is not pipe for ref in self._pipes):
             self._pipes = [ref for ref in self._pipes if ref() is not None] + [weakref.ref(pipe)]
 
+    @property
+    def pipes(self) -> list[Any]:
+        """The pipelines that run this root, as far as they are known and alive."""
+        return [pipe for pipe in (ref() for ref in self._pipes) if pipe is not None]
+
     def position(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
         """(step from 0, length of the schedule or None). Reads a tensor's value only where no cheaper way tells."""
         given = (argument(root, args, kwargs, name) for name in NAMES)
@@ -61,7 +66,7 @@ class StepClock:
 
     def _live_schedulers(self) -> list[Any]:
         """The pipelines' schedulers as they are now; those last seen where the pipelines are gone."""
-        now = [getattr(pipe, "scheduler", None) for pipe in (ref() for ref in self._pipes) if pipe is not None]
+        now = [getattr(pipe, "scheduler", None) for pipe in self.pipes]
         if now:
             self._schedulers = [weakref.ref(scheduler) for scheduler in now if scheduler is not None]
         seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""A picture of several named things, each after photos of it: MIP on Stable Diffusion XL or 1.5, with maps.
+"""A picture of several named things, each after photos of it: MIP on Stable Diffusion XL or 1.5 or FLUX.1, with maps.
 
 pipe = load("stabilityai/stable-diffusion-xl-base-1.0", "h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.bin")
 drawing = draw(pipe, {"cat": "cat.png", "dog": ["dog1.png", "dog2.png"]}, "a cat and a dog on a sofa", maps=True)
@@ -20,12 +20,10 @@ from attn_plugins import patched
 from attn_plugins.methods.mip import ReferenceMaps, has_text_weights
 from attn_plugins.pipelines.mip import heat_maps
 from attn_plugins.pipelines.mip.ip_adapter_files import AdapterFile
+from attn_plugins.pipelines.mip.kinds import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-SCALES = {4: 0.75}  # published strengths, by an adapter's tokens: base
-PLUS_SCALE = 0.65  # 16 and more
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,12 @@ def load(
     """A pipeline with an IP-Adapter.
 
     Args:
-        model: a Stable Diffusion XL or 1.5 pipeline: a folder, or a name on the Hub.
+        model: a pipeline of Stable Diffusion XL or 1.5, or of FLUX.1: a folder, or a name on the Hub.
         adapter: a checkpoint of an IP-Adapter or of MIP, .bin or .safetensors: a file, or owner/name/path on the Hub.
         image_encoder: the CLIP vision model that the adapter reads: a folder, or owner/name/path on the Hub. None: the
-            folder image_encoder beside the adapter, or the pipeline's own.
-        dtype: None: float16 on a GPU, float32 on a CPU.
+            folder image_encoder beside the adapter, or the pipeline's own; of FLUX at last the one on the Hub that its
+            adapters were made with.
+        dtype: None: float32 on a CPU; on a GPU float16, of FLUX bfloat16.
         device: None: cuda where there is one, else cpu.
         offload: keep on the GPU only the model that runs.
 
@@ -83,7 +82,9 @@ def load(
 
     file = AdapterFile.find(adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    if dtype is None:
+        named = DiffusionPipeline.load_config(str(model)).get("_class_name", "")
+        dtype = torch.float32 if device == "cpu" else kind_of(named).half
     with warnings.catch_warnings():
         # the name of this argument became `dtype`, which older diffusers ignore
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -113,10 +114,10 @@ def draw(
     """Draw; the pipeline is left as it was.
 
     Args:
-        pipe: what `load` returns, or any pipeline of Stable Diffusion XL or 1.5 with one IP-Adapter loaded.
+        pipe: what `load` returns, or any pipeline of Stable Diffusion XL or 1.5 or FLUX.1 with one IP-Adapter loaded.
         references: by name, a picture or several of the same thing: PIL images or files. The names stand in the prompt.
         prompt: one, or several.
-        scale: of the adapter. None: 0.75, or 0.65 of adapters with more than four tokens, as published.
+        scale: of the adapter. None: 0.75, or 0.65 of adapters with more than four tokens, as published; of FLUX 1.
         scales: of single references, by name, times that.
         masks: by name, white where that reference may be: PIL images or files. Names without one may be anywhere.
         checkpoint: the adapter's file, as for `load`: of one of MIP `text_to_weight` is used, of a plain one nothing.
@@ -146,8 +147,8 @@ def draw(
     }  # fmt: skip
     call = {"generator": torch.Generator().manual_seed(seed), **call}
     if masks:
-        given = {**(call.get("cross_attention_kwargs") or {}), "ip_adapter_masks": [_masks(names, masks, pipe, call)]}
-        call["cross_attention_kwargs"] = given
+        options_of = kind_of(pipe).options
+        call[options_of] = {**(call.get(options_of) or {}), "ip_adapter_masks": [_masks(names, masks, pipe, call)]}
     images = [[photo for some in photos.values() for photo in some]]
     with patched(pipe, "mip", **settings) as handle, _scaled(pipe, scale):
         if not maps:
@@ -191,9 +192,10 @@ def _opened(image: Any) -> Image:
 @contextlib.contextmanager
 def _scaled(pipe: Any, scale: float | None) -> Iterator[None]:
     """The adapter at a scale, in the block; None is as published for its number of tokens."""
-    adapted = [one for one in pipe.unet.attn_processors.values() if hasattr(one, "to_k_ip")]
+    kind = kind_of(pipe)
+    adapted = kind.adapted(pipe)
     before = [list(one.scale) for one in adapted]
-    pipe.set_ip_adapter_scale(SCALES.get(int(adapted[0].num_tokens[0]), PLUS_SCALE) if scale is None else scale)
+    pipe.set_ip_adapter_scale(kind.published(pipe) if scale is None else scale)
     try:
         yield
     finally:
@@ -206,7 +208,7 @@ def _masks(names: Sequence[str], masks: Mapping[str, Any], pipe: Any, call: Mapp
     from diffusers.image_processor import IPAdapterMaskProcessor
     from PIL import Image as pil
 
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = kind_of(pipe).size(pipe)
     height, width = call.get("height") or side, call.get("width") or side
     white = pil.new("L", (width, height), 255)
     images = [_opened(masks[name]) if name in masks else white for name in names]

@@ -3,6 +3,7 @@
 from attn_plugins.patches.diffusers_family import diffusers_family
 from attn_plugins.patches.family import SitePattern
 from attn_plugins.patches.grids import image
+from attn_plugins.patches.longer_text import LongerText
 
 _SELF: SitePattern = (r"(transformer_blocks|blocks|layers)\.\d+\.attn1", "self")
 _CROSS: SitePattern = (r"(transformer_blocks|blocks|layers)\.\d+\.attn2", "cross")
@@ -15,6 +16,7 @@ FAMILIES = (
         "SD3Transformer2DModel",
         (_JOINT, (r"transformer_blocks\.\d+\.attn2", "self")),
         image.sd3,
+        prompts=LongerText(),
     ),
     diffusers_family("pixart", "PixArt-α / Σ", "PixArtTransformer2DModel", (_SELF, _CROSS), image.picture),
     diffusers_family("dit", "DiT", "DiTTransformer2DModel", (_SELF,), image.picture),

@@ -1,15 +1,26 @@
 """Image transformers of diffusers that get packed tokens: FLUX, Qwen-Image and their kin."""
 
+from attn_plugins.patches.adapter_flux import FluxReferences
 from attn_plugins.patches.diffusers_family import diffusers_family
 from attn_plugins.patches.family import SitePattern
 from attn_plugins.patches.grids import packed
+from attn_plugins.patches.longer_text import LongerText
 
 _BOTH: tuple[SitePattern, ...] = ((r"(single_)?transformer_blocks\.\d+\.attn", "joint"),)
 _REFERENCES = "Reference pictures are dense, the picture that is made is sparse."
 _PADDED = "Padded prompts are shorter text, per item."
 
 FAMILIES = (
-    diffusers_family("flux", "FLUX.1", "FluxTransformer2DModel", _BOTH, packed.flux, notes=_REFERENCES),
+    diffusers_family(
+        "flux",
+        "FLUX.1",
+        "FluxTransformer2DModel",
+        _BOTH,
+        packed.flux,
+        notes=_REFERENCES,
+        references=FluxReferences(),
+        prompts=LongerText(ids="txt_ids"),
+    ),
     diffusers_family(
         "flux2",
         "FLUX.2",

@@ -7,6 +7,7 @@ from attn_plugins.patches.adapter_references import IPAdapterReferences
 from attn_plugins.patches.diffusers_family import diffusers_family
 from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.grids import unet
+from attn_plugins.patches.longer_text import LongerText
 
 MIN_TOKENS = 1024
 _SITES: tuple[SitePattern, ...] = (
@@ -27,7 +28,7 @@ def _family(
     references: IPAdapterReferences | None = None,
     **config: Any,
 ) -> Family:
-    more = {} if references is None else {"references": references}
+    more: dict[str, Any] = {} if references is None else {"references": references, "prompts": LongerText()}
     return diffusers_family(
         name,
         title,

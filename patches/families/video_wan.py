@@ -1,14 +1,19 @@
 """Wan and what is made from it: attention over the video alone, text by cross-attention."""
 
+from typing import Any
+
 from attn_plugins.patches.diffusers_family import diffusers_family
 from attn_plugins.patches.family import Family, SequenceReader, SitePattern
 from attn_plugins.patches.grids import video, video_references
+from attn_plugins.patches.longer_text import LongerText
 
 _SITES: tuple[SitePattern, ...] = ((r"(vace_)?blocks\.\d+\.attn1", "self"), (r"(vace_)?blocks\.\d+\.attn2", "cross"))
 
 
-def _family(name: str, title: str, root: str, read: SequenceReader = video.patched_video, notes: str = "") -> Family:
-    return diffusers_family(name, title, root, _SITES, read, notes=notes)
+def _family(
+    name: str, title: str, root: str, read: SequenceReader = video.patched_video, notes: str = "", **extras: Any
+) -> Family:
+    return diffusers_family(name, title, root, _SITES, read, notes=notes, **extras)
 
 
 FAMILIES = (
@@ -17,6 +22,7 @@ FAMILIES = (
         "Wan 2.1 / 2.2",
         "WanTransformer3DModel",
         notes="Both transformers of the A14B models share one schedule.",
+        prompts=LongerText(),
     ),
     _family(
         "wan_vace",

@@ -30,6 +30,14 @@ def argument(root: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
     return args[position] if position is not None and position < len(args) else None
 
 
+def replaced(root: Any, args: Args, kwargs: Kwargs, name: str, value: Any) -> tuple[Args, dict[str, Any]]:
+    """The arguments of the root's forward with another value for `name`."""
+    position = _positions(cast(Hashable, type(root))).get(name)
+    if name not in kwargs and position is not None and position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), dict(kwargs)
+    return args, {**kwargs, name: value}
+
+
 class TensorReading:
     """Remembers what was read from the values of a tensor, as long as it is that tensor and nobody has written to it.
 

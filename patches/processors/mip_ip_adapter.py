@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 from attn_plugins.method import AttentionCall
-from attn_plugins.patches.adapter_images import Images, image_tokens, reference_masks, reference_scales
+from attn_plugins.patches.adapter_images import (
+    Images,
+    image_tokens,
+    reference_masks,
+    reference_rows,
+    reference_scales,
+)
 from attn_plugins.patches.interception import ORIGINAL, STATE, Functional, rebound
 from attn_plugins.references import REFERENCES, References
 from attn_plugins.runtime import Layer
@@ -54,12 +60,16 @@ class _Merge:
         if self.masks is not None:
             masks = reference_masks(self.masks, counts, method.photos, query.shape[2], query.device)  # type: ignore[attr-defined]
         phrases = self.layer.references
+        trained: Any = self.layer.weights_of(self.attn)
+        weight = phrases.weight(query.device) if trained is None else trained.text_to_weight
+        if trained is None and weight is not None and weight.ndim == 2:  # one for each adapter
+            weight = reference_rows(weight, counts, method.photos)  # type: ignore[attr-defined]
         call = AttentionCall(
             query, key, value, self.layer.kind, self.layer.root.moment.sequence, watch=self.layer.watch
         )
         call.extras[REFERENCES] = References(
             text, phrases.keys(self.attn).to(query.dtype), phrases.phrases.lengths,
-            keys.to(query.dtype), values.to(query.dtype), lengths, scales, masks, phrases.weight(query.device),
+            keys.to(query.dtype), values.to(query.dtype), lengths, scales, masks, weight,
         )  # fmt: skip
         return self.layer.processor(call)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_plugins.methods.mip import has_text_weights
+from attn_plugins.pipelines.mip.kinds import kind_of
 
 ENCODER = "image_encoder"
 
@@ -46,13 +47,14 @@ class AdapterFile:
         Raises:
             ValueError: no image encoder, or an adapter for a model of another width.
         """
-        if image_encoder is not None or (self.hub is None and getattr(pipe, "image_encoder", None) is None):
-            pipe.register_modules(image_encoder=self._encoder(pipe, image_encoder))
+        kind = kind_of(pipe)
+        beside = self.hub is None or kind.encoder is not None  # else `load_ip_adapter` finds it beside the adapter
+        if image_encoder is not None or (beside and getattr(pipe, "image_encoder", None) is None):
+            pipe.register_modules(image_encoder=self._encoder(pipe, image_encoder, kind.encoder))
         try:
-            if self.hub is None:
-                pipe.load_ip_adapter(
-                    str(self.path.parent), subfolder="", weight_name=self.path.name, image_encoder_folder=None
-                )
+            if beside:
+                where = {"subfolder": "", "weight_name": self.path.name, kind.no_encoder: None}
+                pipe.load_ip_adapter(str(self.path.parent), **where)
             else:
                 folder, _, name = self.hub[1].rpartition("/")
                 pipe.load_ip_adapter(self.hub[0], subfolder=folder, weight_name=name)
@@ -62,12 +64,13 @@ class AdapterFile:
                 f"other layers? ({str(error).splitlines()[0]})"
             ) from error
 
-    def _encoder(self, pipe: Any, given: str | Path | None) -> Any:
+    def _encoder(self, pipe: Any, given: str | Path | None, published: str | None) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
         folder = Path(given) if given is not None else self.path.parent / ENCODER
         if folder.is_dir():
             return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=pipe.dtype)
+        given = published if given is None else given
         parts = str(given).split("/")
         if given is None or len(parts) < 2:
             raise ValueError(

@@ -97,6 +97,39 @@ def test_the_order_of_the_references_says_nothing_and_swapped_phrases_do(backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_weight_of_its_own_for_each_reference(backend):
+    t = {**random_problem(3, references=3, plain=True).tensors}
+    one, rows = t.pop("text_weight"), torch.randn(3, t["q"].shape[1] * t["q"].shape[3], dtype=torch.float64)
+    same = weighted_merge(**t, text_weight=one.expand(3, -1), backend=backend)
+    close(same, weighted_merge(**t, text_weight=one, backend=backend))
+    parts = [
+        weighted_merge(**t, text_weight=row, scales=[float(i == j) for j in range(3)], backend=backend) - t["text_out"]
+        for i, row in enumerate(rows)
+    ]
+    rows.requires_grad_()
+    found = weighted_merge(**t, text_weight=rows, backend=backend)
+    close(found, t["text_out"] + sum(parts))
+    found.square().sum().backward()
+    assert (rows.grad.abs().sum(1) > 0).all()
+    with pytest.raises(ValueError, match="text_weight has 2 rows: give one, or one for each of 3"):
+        weighted_merge(**t, text_weight=rows[:2], backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_queries_for_the_phrases_are_in_the_weights_alone(backend):
+    t = {**random_problem(3, references=3, plain=True).tensors}
+    other = torch.randn_like(t["q"]).requires_grad_()
+    out, weights = weighted_merge(**t, phrase_q=other, return_weights=True, backend=backend)
+    assert not out.requires_grad
+    close(weights, weighted_merge(**{**t, "q": other.detach()}, return_weights=True, backend=backend)[1])
+    close(out, weighted_merge(**t, masks=weights, temperature=math.inf, backend=backend))  # masks are then the weights
+    with pytest.raises(ValueError, match=r"phrase_q \(.*\): it is of the positions of q"):
+        weighted_merge(**t, phrase_q=other[:, :, 1:])
+    with pytest.raises(TypeError, match="phrase_q torch.float32: cast them to one"):
+        weighted_merge(**t, phrase_q=other.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_images_that_are_alike_do_not_depend_on_the_phrases(backend):
     """The unconditional half of guidance: every reference has the same image tokens there."""
     t = {**random_problem(4, references=3, plain=True).tensors}

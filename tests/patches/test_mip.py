@@ -182,6 +182,31 @@ def test_text_to_weight_is_read_from_the_checkpoint(name: str, suffix: str, tmp_
     assert torch.equal(latents(pipe, name, images), trained)
 
 
+def test_each_adapter_has_a_checkpoint_of_its_own(tmp_path: Any) -> None:
+    pipe = pipeline("sd15", "base", "base", scale=[0.8, 0.8])
+    images, found = [embeds(1), embeds(2)], {}
+    paths = [
+        write(checkpoint(pipe.unet, seed=seed, text_weights=True), tmp_path / f"{seed}.safetensors") for seed in (3, 4)
+    ]
+    for name, given in {
+        "free": None, "one": paths[0], "both": [paths[0], paths[0]], "first": [paths[0], None], "two": paths,
+    }.items():  # fmt: skip
+        with attn_plugins.patched(pipe, "mip", checkpoint=given, **TWO) as handle:
+            found[name] = latents(pipe, "sd15", *images)
+            handle.save(tmp_path / "recipe.yaml")
+    close(found["both"], found["one"])
+    for one, other in (("first", "one"), ("first", "free"), ("two", "one"), ("two", "first")):
+        assert differs(found[one], found[other]), (one, other)
+    with attn_plugins.patched(pipe, tmp_path / "recipe.yaml"):
+        assert torch.equal(latents(pipe, "sd15", *images), found["two"])
+        load(pipe, checkpoint(pipe.unet))
+        with pytest.raises(ValueError, match="checkpoint names 2 files, and there are 1 IP-Adapters"):
+            latents(pipe, "sd15", embeds(1, 2))
+    for given in ([paths[0]] * 3, [None, None]):
+        with pytest.raises(ValueError, match="names 3 files, and there are 1|a list has a file for each adapter"):
+            attn_plugins.patch(pipe, "mip", checkpoint=given, **TWO)
+
+
 def test_dense_steps_and_small_grids_are_the_stock_adapters() -> None:
     pipe, images = pipeline("sdxl"), embeds(1, 2)
     stock = latents(pipe, "sdxl", images)

@@ -52,7 +52,7 @@ def test_a_bare_unet_has_no_text_encoder() -> None:
         attn_plugins.patch(pipeline("sd15").unet, "mip", **TWO)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "pixart", "kandinsky3"])
+@pytest.mark.parametrize("family", ["flux2", "wan", "pixart", "kandinsky3"])
 def test_other_models(family: str) -> None:
     with pytest.raises(ValueError, match="'mip' merges the reference images of an IP-Adapter, which is not known for"):
         attn_plugins.patch(MODELS[family].build(), "mip", **TWO)

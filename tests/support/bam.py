@@ -11,22 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from attn_plugins.models.bam import ARCHITECTURES
+from attn_plugins.models.bam import ARCHITECTURES, of
 from attn_plugins.models.bam.router import BamRouter
 from attn_plugins.pipelines.upcycle.options import Expert, UpcycleSettings
 from attn_plugins.pipelines.upcycle_bam import upcycle
 
 logging.disable_progress_bar()
 
-NAMES = tuple(ARCHITECTURES)
+NAMES = tuple(name for name, row in ARCHITECTURES.items() if not row.vision)
 MODES = ("all_params", "shared_kv", "mean")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
+}  # fmt: skip
+PICTURES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "num_labels": 5,
 }  # fmt: skip
 # What is unlike in an architecture and off by default.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -39,7 +44,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "phi": {"qk_layernorm": True},
 }
 ROUTED = {  # parts of names in which experts may differ, so that one of them is the mixture with all its gates on it
-    "all_params": ("self_attn.", ".attention.", ".mlp."),
+    "all_params": ("self_attn.", ".attention.", ".mlp."),  # of ViT too
     "shared_kv": ("q_proj", "q_norm", "q_layernorm", "o_proj", ".dense.", ".mlp.", "query_key_value"),
     "mean": (".mlp.",),
 }
@@ -52,7 +57,17 @@ def dense_config(name: str, **more: Any) -> Any:
 
 def dense(name: str, seed: int = 0, **more: Any) -> Any:
     """A dense model whose weights are far from their start: biases and norms say something too."""
-    model = AutoModelForCausalLM.from_config(dense_config(name, **more)).eval()
+    return spread(AutoModelForCausalLM.from_config(dense_config(name, **more)), seed)
+
+
+def dense_vit(seed: int = 0, **more: Any) -> Any:
+    """A dense picture classifier, in the same way."""
+    config = transformers.ViTConfig(**{**PICTURES, **more})
+    return spread(transformers.ViTForImageClassification(config), seed)
+
+
+def spread(model: Any, seed: int) -> Any:
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -89,12 +104,13 @@ def mixed(experts: list[Any], mode: str = "all_params", folder: Path | None = No
         rest = tuple(Expert(path, f"e{n}") for n, path in enumerate(paths[1:], 1))
         settings = UpcycleSettings(paths[0], rest, method, attention=mode, **options)
         upcycle(settings, place / "mixture")
-        return AutoModelForCausalLM.from_pretrained(place / "mixture").eval()
+        auto = getattr(transformers, of(experts[0].config.model_type).auto)
+        return auto.from_pretrained(place / "mixture").eval()
 
 
 @functools.cache
 def _mixture(name: str, mode: str, count: int) -> Any:
-    base = dense(name)
+    base = dense_vit() if name == "vit" else dense(name)
     return loud(mixed([base, *(expert(base, seed, mode) for seed in range(1, count))], mode))
 
 
@@ -139,6 +155,10 @@ def all_to(model: Any, number: int) -> Iterator[None]:
 
 def ids(rows: int = 2, tokens: int = 9, seed: int = 3) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(pictures: int = 2, size: int = 32, seed: int = 3) -> torch.Tensor:
+    return torch.randn(pictures, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:

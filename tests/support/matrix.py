@@ -49,6 +49,8 @@ def fits(method_name: str, family_name: str) -> bool:
     """Whether the method is for any kind of attention that the family has."""
     family = next(row for row in registry.families() if row.name == family_name)
     takes = method(method_name)
+    if takes.needs_prompts:  # with prompts as its models take them: tests/patches/test_regions.py
+        return False
     if takes.needs_references:  # no attention of the model's own: tests/patches/test_mip.py loads the images for it
         return False
     return bool({kind for _, kind in family.sites} & takes.sites)

@@ -40,7 +40,7 @@ class Problem:
 
 def paper(
     q, text_out, phrase_k, phrase_lengths, image_k, image_v, *, image_lengths=None, scales=1.0, text_weight=None,
-    temperature=1.0, masks=None, null_bias=None, scale=None, return_weights=False,
+    temperature=1.0, masks=None, null_bias=None, scale=None, phrase_q=None, return_weights=False,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Plain ratios of means of softmaxes: right in float64 while nothing underflows."""
     batch, heads, positions, dim = q.shape
@@ -53,7 +53,8 @@ def paper(
         for i in range(count):
             n = int(phrase_lengths[b % len(phrase_lengths), i])
             rows = phrase_k[b % len(phrase_k), i, :, :n].detach()
-            p = torch.softmax(factor * rows @ q[b].detach().transpose(-1, -2), dim=-1)  # (H, n, S)
+            asked = (q if phrase_q is None else phrase_q)[b].detach()
+            p = torch.softmax(factor * rows @ asked.transpose(-1, -2), dim=-1)  # (H, n, S)
             r = p.mean((0, 1)) if n else p.new_zeros(positions)
             r = r ** (1 / temperature) if temperature != math.inf else (r > 0).to(r.dtype)
             m = 1.0 if masks is None else masks[b % len(masks), i].clamp(0, 1)
@@ -123,4 +124,6 @@ def random_problem(seed: int, *, references: int | None = None, tokens: int | No
             tensors["masks"] = made(dice.choice([1, batch]), count, places) * 0.7 + 0.4
         options["null_bias"] = dice.choice([None, None, 0.0, -1.5])
         options["scale"] = dice.choice([None, None, 0.3])
+        if seed % 4 == 1:
+            tensors["phrase_q"] = made(batch, heads, places, dim)
     return Problem(tensors, options)

@@ -28,6 +28,7 @@ def weighted_merge(
     masks: torch.Tensor | None = None,
     null_bias: float | None = None,
     scale: float | None = None,
+    phrase_q: torch.Tensor | None = None,
     return_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +52,7 @@ def weighted_merge(
         image_k, image_v: (B, R, H, T, D), of the references' image tokens.
         image_lengths: the real ones of the T tokens: R numbers, or (1 or B, R) integers; None is all.
         scales: strength of the references: one, or R numbers, or a tensor (R,).
-        text_weight: (H * D,), MIP's trained `text_to_weight`; None leaves t out.
+        text_weight: (H * D,), MIP's trained `text_to_weight`, or (R, H * D), one for each reference; None leaves t out.
         temperature: log r is divided by it: 1 is the paper, infinity the uniform mean.
         masks: (1 or B, R, S), where each reference may be: they multiply the relevance, r_i ** (1 / temperature) * m_i,
             and where all of them together are less than 1, the weights add up to that. Values are cut to 0..1. Hard
@@ -59,6 +60,8 @@ def weighted_merge(
         null_bias: adds a column that takes weight and gives nothing, for what belongs to no reference. Its log
             relevance is null_bias - log S: at 0, that of a phrase that is everywhere alike. None: no such column.
         scale: of all scores; None is D ** -0.5.
+        phrase_q: (B, H, S, D), the queries that meet phrase_k, where a layer asks its text with others than its images
+            (FLUX rotates those for the text alone). None is q.
         return_weights: also return w, (B, R, S), in at least float32: who was put where. Neither t nor scales are in
             it.
         backend: "auto", "triton" (float16, bfloat16, float32; D up to 256), "cpu" (plain PyTorch on any device),
@@ -71,11 +74,12 @@ def weighted_merge(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not go together, or options out of range.
     """
-    lengths = check_inputs(q, text_out, phrase_k, phrase_lengths, image_k, image_v, image_lengths)
+    lengths = check_inputs(q, text_out, phrase_k, phrase_lengths, image_k, image_v, image_lengths, phrase_q)
     factor = resolve_scale(scale, q.shape[-1])
     chosen = choose_backend(backend, q.device, kernels=True, refusal=kernel_refusal(q))
     check_options(temperature, masks, (q.shape[0], image_k.shape[1], q.shape[2]))
-    told, keys, masks = q.detach(), phrase_k.detach(), None if masks is None else masks.detach()
+    told, keys = (q if phrase_q is None else phrase_q).detach(), phrase_k.detach()
+    masks = None if masks is None else masks.detach()
     if chosen == "reference":
         weights = merge_weights(relevance_reference(told, keys, phrase_lengths, factor), temperature, masks, null_bias)
     else:

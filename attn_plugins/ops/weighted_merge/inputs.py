@@ -17,6 +17,7 @@ def check_inputs(
     image_k: torch.Tensor,
     image_v: torch.Tensor,
     image_lengths: torch.Tensor | Sequence[int] | None,
+    phrase_q: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The image lengths as a tensor (1 or B, R), or None.
 
@@ -27,6 +28,10 @@ def check_inputs(
     """
     _check_shapes(q, text_out, phrase_k, image_k, image_v)
     tensors = {"q": q, "text_out": text_out, "phrase_k": phrase_k, "image_k": image_k, "image_v": image_v}
+    if phrase_q is not None:
+        tensors["phrase_q"] = phrase_q
+        if phrase_q.shape != q.shape:
+            raise ValueError(f"phrase_q {tuple(phrase_q.shape)}: it is of the positions of q, {tuple(q.shape)}")
     if len({t.dtype for t in tensors.values()}) > 1 or q.dtype not in DTYPES:
         told = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
         legal = ", ".join(str(dtype)[6:] for dtype in DTYPES)

@@ -48,30 +48,34 @@ def merge_weights(
 
 
 def text_gate(text_out: torch.Tensor, text_weight: torch.Tensor) -> torch.Tensor:
-    """t (B, S) from text_out (B, H, S, D): a sigmoid over its mean. In the log domain: the mean may underflow.
+    """t (B, 1 or R, S) from text_out (B, H, S, D): a sigmoid over its mean. In the log domain: the mean may underflow.
 
     Raises:
         ValueError: a weight of another size.
     """
     _, heads, positions, dim = text_out.shape
-    if text_weight.numel() != heads * dim:
+    if not text_weight.numel() or text_weight.numel() % (heads * dim):
         raise ValueError(
-            f"text_weight {tuple(text_weight.shape)}: it has one number for each of {heads} x {dim} channels"
+            f"text_weight {tuple(text_weight.shape)}: it has one number for each of {heads} x {dim} channels, for all "
+            "references or for each"
         )
-    weight = text_weight.reshape(heads, dim).to(text_out.dtype)
-    score = torch.einsum("bhsd,hd->bs", text_out, weight).to(torch.promote_types(text_out.dtype, torch.float32))
+    weight = text_weight.reshape(-1, heads, dim).to(text_out.dtype)
+    score = torch.einsum("bhsd,rhd->brs", text_out, weight).to(torch.promote_types(text_out.dtype, torch.float32))
     log_gate = F.logsigmoid(score)
     return (log_gate - log_gate.logsumexp(-1, keepdim=True) + math.log(max(positions, 1))).exp()
 
 
 def coefficients(weights: torch.Tensor, scales: Scales, gate: torch.Tensor | None) -> torch.Tensor:
-    """t w_i scale_i, (B, R, S). Numbers are multiplied one by one where they differ: nothing is copied to a device.
+    """t w_i scale_i, (B, R, S); gate is t. Numbers are multiplied one by one where they differ: nothing is copied to a
+    device.
 
     Raises:
-        ValueError: another number of scales than of references.
+        ValueError: another number of scales, or of rows of the gate, than of references.
     """
     if gate is not None:
-        weights = weights * gate[:, None]
+        if gate.shape[1] not in (1, weights.shape[1]):
+            raise ValueError(f"text_weight has {gate.shape[1]} rows: give one, or one for each of {weights.shape[1]}")
+        weights = weights * gate
     if isinstance(scales, torch.Tensor):
         if scales.numel() not in (1, weights.shape[1]):
             raise ValueError(
