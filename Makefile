@@ -1,4 +1,4 @@
-# make demo | test | check | bench | matrix | lock | format | clean        (GNU make; Linux and macOS)
+# make demo | test | check | docs | site | bench | matrix | lock | format | clean        (GNU make; Linux and macOS)
 # Settings: PYTHON=python3.12 (what makes the environment), VENV=.venv, OUT=out, WORKERS=2 (test processes),
 # DEMO="--steps 30" (options of the demo). pip reads its own settings (PIP_INDEX_URL, ...) as everywhere.
 
@@ -7,7 +7,7 @@ VENV ?= .venv
 OUT ?= out
 WORKERS ?= 2
 DEMO ?=
-EXTRAS = diffusers,transformers,train,plots,dev
+EXTRAS = diffusers,transformers,train,plots,docs,dev
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
@@ -18,7 +18,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 SPIN = GOMP_SPINCOUNT=20000
 OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help install demo test check types bench matrix lock format clean
+.PHONY: help install demo test check docs site types bench matrix lock format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,7 +40,7 @@ demo: $(READY)
 test: $(READY)
 	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --models=docs/models.json
 
-check: $(READY) types
+check: $(READY) types docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/matrix.py --check
@@ -51,6 +51,13 @@ types: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .typecheck .
 	rm -rf build
 	MYPYPATH=.typecheck $(BIN)/mypy -p attn_plugins
+
+# The documentation as a site, in $(OUT)/site; a page, link or docstring that is missing is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu.py

@@ -21,6 +21,9 @@ A file says:
         layers: [0, 1]                     # optional: indices of the layers to patch
         evidence, source, tiling: ...      # optional: where they differ from the file's
         window: ...                        # everything else is an option of the method
+    measured:                              # optional, by `tools/measure_presets.py`: on the model itself, a row a size
+      safe | balanced | fast:
+      - {tokens: 4096, density: 0.25, speedup: 1.4, loss: 0.2, machine: ..., torch: ..., commit: ..., date: ...}
 """
 
 from __future__ import annotations
@@ -40,9 +43,15 @@ EVIDENCE = ("published", "derived")
 _REQUIRED = {"title": str, "method": str, "families": list, "evidence": str, "source": str, "qualities": dict}
 _OPTIONAL = {
     "match": dict, "prefer": dict, "base_size": list, "min_tokens": int, "tiling": dict, "recommend": bool,
-    "notes": str,
+    "notes": str, "measured": dict,
 }  # fmt: skip
 _OF_QUALITY = ("dense_steps", "layers", "evidence", "source", "tiling")
+# of a measured row: tokens of the grid, share of the pairs, times faster (whole runs), and against dense with the same
+# seed the relative L2 of the last latents, or the KL of a language model
+MEASURED = {
+    "tokens": int, "density": float, "speedup": float, "loss": float, "machine": str, "torch": str, "commit": str,
+    "date": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,13 @@ class Preset:
     min_tokens: int = 0
     tiling: Mapping[str, Any] | None = None
     notes: str = ""
+    measured: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def measured_tokens(self) -> tuple[int, int] | None:
+        """Tokens of the least and the largest grid that it was measured at."""
+        sizes = [row["tokens"] for row in self.measured]
+        return (min(sizes), max(sizes)) if sizes else None
 
 
 @dataclass(frozen=True)
@@ -180,8 +196,19 @@ def _quality(where: str, name: str, data: dict[str, Any], quality: str) -> Prese
     return Preset(
         name, data["title"], data["method"], quality, options, dense_steps, evidence, row.get("source", data["source"]),
         None if layers is None else tuple(layers), data.get("min_tokens", 0),
-        row.get("tiling", data.get("tiling")), data.get("notes", ""),
+        row.get("tiling", data.get("tiling")), data.get("notes", ""), _measured(where, data, quality),
     )  # fmt: skip
+
+
+def _measured(where: str, data: dict[str, Any], quality: str) -> tuple[Mapping[str, Any], ...]:
+    """The measured rows of a quality, all of them whole."""
+    rows = data.get("measured", {}).get(quality, [])
+    kinds = {name: (float, int) if kind is float else kind for name, kind in MEASURED.items()}
+    for row in rows:
+        whole = isinstance(row, dict) and row.keys() == MEASURED.keys()
+        if not whole or not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+            raise ValueError(f"{where}: measured: {row!r}: a row has {', '.join(MEASURED)}, and nothing else")
+    return tuple(rows)
 
 
 def _shares(where: str, value: Any) -> float | tuple[float, float]:

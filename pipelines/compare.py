@@ -1,45 +1,37 @@
-"""Dense against patched on one pipeline, same seeds: time, what bounds it, and what it did to the picture.
+"""Dense against patched on one model, same inputs: time, what bounds it, and what it did to the outputs.
 
-Runs are interleaved (dense, patched, dense again) after a warm-up of both, so that a machine that slows down slows all
-of them. The second dense run is the noise floor: what of the drift is not the method's.
+Runs are interleaved (dense, each method, dense again) after a warm-up of all, so that a machine that slows down slows
+all of them. The second dense run is the noise floor: what of the drift is not the method's.
+
+Here are diffusers' pipelines; language models and image classifiers are in comparing/language.py and
+comparing/classification.py, with the same rows, report and command.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import math
-import platform
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from attn_plugins import record
-from attn_plugins.handle import PatchHandle
-from attn_plugins.metrics import Drift, bit_identical, drift, latent_psnr, psnr, ssim
-from attn_plugins.metrics.ssim import WINDOW
-from attn_plugins.patching import patch
-from attn_plugins.pipelines.comparing.comparison import Comparison, Likeness, Timing, mean_drift
-from attn_plugins.pipelines.stopwatch import Dense, Stopwatch, attach, now
-from attn_plugins.report import analyse
+from attn_plugins.metrics.perceptual import Perceptual, why_not
+from attn_plugins.pipelines.comparing import progress as bars
+from attn_plugins.pipelines.comparing import runs
+from attn_plugins.pipelines.comparing.asked import Asked
+from attn_plugins.pipelines.comparing.classification import compare_classifier
+from attn_plugins.pipelines.comparing.clocks import Sites, clocked, machine
+from attn_plugins.pipelines.comparing.comparison import Comparison
+from attn_plugins.pipelines.comparing.lanes import Lane
+from attn_plugins.pipelines.comparing.language import compare_language
+from attn_plugins.pipelines.comparing.likeness import Tally
+from attn_plugins.pipelines.comparing.runs import Run, as_frames
 from attn_plugins.targets import find
 
+__all__ = ["Comparison", "as_frames", "compare", "compare_classifier", "compare_language", "compare_pipeline"]
 WARM_UP_STEPS = 2
 TIMED_STEPS = 3
-Tick = Callable[[str], None]
-
-
-@dataclass
-class Run:
-    """One call of the pipeline: latents after each step, seconds of each step but the first, and of the whole call."""
-
-    latents: list[torch.Tensor]
-    seconds: list[float]
-    job: float
-    frames: torch.Tensor | None
 
 
 def compare(
@@ -56,7 +48,7 @@ def compare(
     """Run `pipe` dense and patched, and say what changed. The pipeline is left as it was.
 
     Args:
-        pipe: a diffusers pipeline that is not patched and whose call takes `callback_on_step_end`.
+        pipe: a diffusers pipeline that is not patched, with a callback on its steps or a scheduler.
         method: as for `patch`; None is what the presets recommend.
         call_kwargs: arguments of the pipeline's call (prompt, sizes, num_inference_steps, ...), without a generator.
         seeds: one dense, one patched and one more dense run each.
@@ -68,225 +60,147 @@ def compare(
         progress: show a bar.
 
     Raises:
-        ValueError: a pipeline that is patched already or takes no callback, no seeds, or an unusable call argument.
+        ValueError: a pipeline that is patched already or whose steps cannot be told apart, no seeds, or an unusable
+            call argument.
     """
-    kwargs = dict(call_kwargs or {})
-    _check(pipe, kwargs, seeds)
-    kwargs.setdefault("output_type", "pt")
-    options = dict(options or {})
-    device = torch.device(getattr(pipe, "_execution_device", "cpu"))
-    short = {**kwargs, "num_inference_steps": min(TIMED_STEPS, _steps(pipe, kwargs))}
-    warm_up = {**short, "num_inference_steps": min(WARM_UP_STEPS, short["num_inference_steps"])}
-    always = {**options, "dense_steps": 0}
+    asked = [Asked(method=method, settings=dict(options or {}))]
+    return compare_pipeline(
+        pipe, asked, call_kwargs=call_kwargs, seeds=seeds, to_frames=to_frames, measure_rows=measure_rows,
+        progress=progress,
+    )[0]  # fmt: skip
 
-    runs: dict[str, list[Run]] = {"dense": [], "patched": [], "again": []}
-    with _quiet(pipe), _ticker(progress, 3 * len(seeds) + bool(measure_rows), kwargs, pipe) as tick:
 
-        def dense_run(seed: int, arguments: Mapping[str, Any], name: str) -> Run:
-            return _run(pipe, arguments, seed, device, to_frames, lambda: tick(name))
+def compare_pipeline(
+    pipe: Any,
+    asked: Sequence[Asked],
+    *,
+    call_kwargs: Mapping[str, Any] | None = None,
+    prompts: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    to_frames: Callable[[Any], torch.Tensor] | None = None,
+    measure_rows: int = 0,
+    keep: int | None = None,
+    progress: bool = False,
+) -> list[Comparison]:
+    """Several methods beside each other: one `Comparison` each, all against the same dense runs.
 
-        dense_run(seeds[0], warm_up, "warm-up")
-        with _patched(pipe, method, always):
-            dense_run(seeds[0], warm_up, "warm-up")
-        for seed in seeds:
-            runs["dense"].append(dense_run(seed, kwargs, "dense"))
-            with _patched(pipe, method, options) as handle:
-                runs["patched"].append(dense_run(seed, kwargs, "patched"))
-                report, summary = analyse(handle), handle.summary()
-                names = frozenset(layer.name for patched in handle.patches for layer in patched.layers)
-                state, method_name = handle.patches[0].state, handle.method
-            runs["again"].append(dense_run(seed, kwargs, "dense again"))
-        same_sites = {"dense_steps": 0, "min_tokens": state.min_tokens, "layers": lambda site: site.name in names}
-        measures = None
-        if measure_rows:
-            with _patched(pipe, method, options) as handle, handle.measure(measure_rows) as measures:
-                dense_run(seeds[0], kwargs, "measures")
-        clocks = {}
-        for name, what, settings in (("dense", Dense(), same_sites), ("patched", method, always)):
-            with _patched(pipe, what, settings) as handle:
-                clocks[name] = _clocked(pipe, handle, short, seeds[0], device, to_frames, lambda: tick("attention"))
+    Args:
+        asked: the methods with their settings (comparing/asked.py reads them as they are typed).
+        prompts: {name: arguments of the call that are this prompt's own}; every prompt runs with every seed. None:
+            call_kwargs have all.
+        keep: how many cases' pictures are kept for showing; None: all. Their scores are of all cases.
+        other arguments, errors: as of `compare`; also an empty `asked`.
+    """
+    common = dict(call_kwargs or {})
+    cases = [({**common, **own}, seed) for own in ({"": {}} if prompts is None else prompts).values() for seed in seeds]
+    _check(pipe, [kwargs for kwargs, _ in cases], seeds, asked)
+    if to_frames is None:
+        for kwargs, _ in cases:
+            if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+                kwargs.setdefault("output_type", "pt")
+    device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+    first, first_seed = cases[0]
+    steps = runs.step_count(pipe, first)
+    short = {**first, "num_inference_steps": min(TIMED_STEPS, steps)}
+    warm_up = {**short, "num_inference_steps": min(WARM_UP_STEPS, steps)}
+    missing = why_not()
+    perceptual = None if missing else Perceptual()
+    lanes = [Lane(one, Tally(perceptual)) for one in asked]
+    dense, floor = Lane(Asked("dense"), Tally()), Lane(Asked("dense again"), Tally(perceptual))
+    total = (len(lanes) + 1) * warm_up["num_inference_steps"] + (2 + len(lanes)) * len(cases) * steps
+    total += len(lanes) * (bool(measure_rows) * steps + 2 * short["num_inference_steps"])
 
-    steps = len(runs["dense"][0].latents)
-    sparse = state.schedule.sparse_steps(steps)
-    saved = [row.saved for row in report]
-    density = None if any(value is None for value in saved) else 1 - statistics.mean(value or 0.0 for value in saved)
-    dense_runs = runs["dense"] + runs["again"]
+    with runs.quiet(pipe), bars.bar(progress, total) as tick:
+
+        def call(kwargs: Mapping[str, Any], seed: int, name: str, lap: Callable[[], None] | None = None) -> Run:
+            return runs.run(pipe, kwargs, seed, device, to_frames, lambda: tick(name), lap)
+
+        call(warm_up, first_seed, "warm-up")
+        for lane in lanes:
+            with lane.asked.patched(pipe, dense_steps=0):
+                call(warm_up, first_seed, "warm-up")
+        for number, (kwargs, seed) in enumerate(cases):
+            shown = keep is None or number < keep
+            reference = call(kwargs, seed, "dense")
+            for lane in lanes:
+                with lane.asked.patched(pipe) as handle:
+                    patched = call(kwargs, seed, lane.asked.label or "patched")
+                    lane.note(handle)
+                lane.tally.add(patched, reference)
+                lane.keep(patched, shown)
+            again = call(kwargs, seed, "dense again")
+            floor.tally.add(again, reference)
+            dense.keep(reference, shown)
+            floor.keep(again, shown)
+        clocks: dict[Sites, tuple[float, float]] = {}
+        for lane in lanes:
+            if measure_rows:
+                with lane.asked.patched(pipe) as handle, handle.measure(measure_rows) as lane.measures:
+                    call(first, first_seed, "measures")
+            assert lane.sites is not None  # every lane has run
+            if lane.sites not in clocks:
+                with lane.sites.dense(pipe) as handle:
+                    clocks[lane.sites] = clocked(lambda lap: call(short, first_seed, "attention", lap), handle)
+            lane.dense_clock = clocks[lane.sites]
+            with lane.asked.patched(pipe, dense_steps=0) as handle:
+                lane.clock = clocked(lambda lap: call(short, first_seed, "attention", lap), handle)
+
+    names, notes = tuple(prompts or ()), (missing,) if missing and floor.tally.scores[0].psnr is not None else ()
+    return [_comparison(pipe, lane, dense, floor, tuple(seeds), names, notes, device) for lane in lanes]
+
+
+def _comparison(
+    pipe: Any, lane: Lane, dense: Lane, floor: Lane, seeds: tuple[int, ...], prompts: tuple[str, ...],
+    notes: tuple[str, ...], device: torch.device,
+) -> Comparison:  # fmt: skip
+    likeness = lane.tally.likeness()
+    steps = len(likeness.drift)
+    sparse = lane.sparse_steps(steps)
+    both = Lane(dense.asked, dense.tally, dense.runs + floor.runs, clock=lane.dense_clock)
+    shown = [
+        (reference, patched, again)
+        for reference, patched, again in zip(dense.frames, lane.frames, floor.frames, strict=True)
+        if reference is not None and patched is not None and again is not None
+    ]
     return Comparison(
         model=type(pipe).__name__,
-        method=method_name,
-        summary=summary,
-        seeds=tuple(seeds),
+        method=lane.name,
+        summary=lane.summary,
+        seeds=seeds,
         steps=steps,
         dense_steps=steps - len(sparse),
-        density=density,
-        dense=Timing(
-            _median_step(dense_runs, range(steps)), statistics.median(run.job for run in dense_runs), *clocks["dense"]
-        ),
-        patched=Timing(
-            _median_step(runs["patched"], sparse),
-            statistics.median(run.job for run in runs["patched"]),
-            *clocks["patched"],
-        ),
-        likeness=_likeness(runs["patched"], runs["dense"]),
-        noise=_likeness(runs["again"], runs["dense"]),
-        machine=_machine(device),
-        measures=measures,
-        frames=tuple(
-            (dense.frames, patched.frames)
-            for dense, patched in zip(runs["dense"], runs["patched"], strict=True)
-            if dense.frames is not None and patched.frames is not None
-        ),
+        density=lane.density,
+        dense=both.timing(range(steps)),
+        patched=lane.timing(sparse),
+        likeness=likeness,
+        noise=floor.tally.likeness(),
+        machine=machine(device),
+        measures=lane.measures,
+        frames=tuple((reference, patched) for reference, patched, _ in shown),
+        again=tuple(again for *_, again in shown),
+        prompts=prompts,
+        notes=notes,
     )
 
 
-def as_frames(output: Any) -> torch.Tensor | None:
-    """(B, F, C, H, W) float in 0..1 on the CPU, of grey uint8 videos (B, F, H, W), or of float pictures or videos."""
-    if not isinstance(output, torch.Tensor):
-        return None
-    if output.dtype == torch.uint8:
-        frames = output.float().div(255).cpu()
-        return frames[:, :, None] if frames.ndim == 4 else frames
-    frames = output.detach().float().cpu().clamp(0, 1)
-    if frames.ndim == 4:
-        return frames[:, None]
-    return frames if frames.ndim == 5 else None
-
-
-def _check(pipe: Any, kwargs: Mapping[str, Any], seeds: Sequence[int]) -> None:
+def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int], asked: Sequence[Asked]) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
-    if "callback_on_step_end" not in parameters:
-        raise ValueError(f"{type(pipe).__name__} takes no callback_on_step_end: its steps cannot be told apart")
-    for key in ("generator", "callback_on_step_end", "return_dict"):
-        if key in kwargs:
-            raise ValueError(f"call_kwargs has {key!r}, which compare sets itself (seeds=... for the generator)")
-    unknown = [key for key in kwargs if key not in parameters]
-    if unknown:
-        raise ValueError(f"call_kwargs has {', '.join(unknown)}, which {type(pipe).__name__} does not take")
+    if not runs.can_be_watched(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} takes no callback_on_step_end and has no scheduler: its steps cannot be told apart"
+        )
+    if not asked:
+        raise ValueError("nothing to compare with dense attention: give one or more methods")
     if not seeds:
         raise ValueError("seeds is empty: give at least one")
+    if not calls:
+        raise ValueError("prompts is empty: give at least one")
+    for kwargs in calls:
+        for key in ("generator", runs.CALLBACK, "return_dict"):
+            if key in kwargs:
+                raise ValueError(f"call_kwargs has {key!r}, which compare sets itself (seeds=... for the generator)")
+        unknown = [key for key in kwargs if key not in parameters]
+        if unknown:
+            raise ValueError(f"call_kwargs has {', '.join(unknown)}, which {type(pipe).__name__} does not take")
     if any(record.patches_of(target.root) for target in find(pipe)):
         raise ValueError(f"this {type(pipe).__name__} is patched already: attn_plugins.unpatch(pipe) first")
-
-
-def _steps(pipe: Any, kwargs: Mapping[str, Any]) -> int:
-    default = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    return int(kwargs.get("num_inference_steps", default))
-
-
-@contextlib.contextmanager
-def _patched(pipe: Any, method: Any, options: Mapping[str, Any]) -> Iterator[PatchHandle]:
-    handle = patch(pipe, method, **options)
-    try:
-        yield handle
-    finally:
-        handle.remove()
-
-
-def _run(
-    pipe: Any, kwargs: Mapping[str, Any], seed: int, device: torch.device,
-    to_frames: Callable[[Any], torch.Tensor] | None, tick: Callable[[], None], lap: Callable[[], None] | None = None,
-) -> Run:  # fmt: skip
-    latents: list[torch.Tensor] = []
-    moments: list[float] = []
-
-    def after_step(_pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-        moments.append(now(device))
-        latents.append(state["latents"].detach().to("cpu", copy=True))
-        if lap is not None:
-            lap()
-        tick()
-        moments.append(now(device))
-        return {}
-
-    start = now(device)
-    with torch.no_grad():
-        generator = torch.Generator("cpu").manual_seed(seed)
-        output = pipe(**kwargs, generator=generator, callback_on_step_end=after_step, return_dict=False)[0]
-    job = now(device) - start
-    # moments are pairs (step done, callback done): a step lasts from the end of one callback to the start of the next
-    done, resumed = moments[0::2], moments[1::2]
-    job -= sum(after - before for before, after in zip(done, resumed, strict=True))
-    seconds = [end - begin for begin, end in zip(resumed[:-1], done[1:], strict=True)]
-    if to_frames is not None:
-        frames = as_frames(to_frames(output))
-    else:
-        frames = None if kwargs.get("output_type") == "latent" else as_frames(output)
-    return Run(latents, seconds or [job], job, frames)
-
-
-def _clocked(
-    pipe: Any, handle: PatchHandle, kwargs: Mapping[str, Any], seed: int, device: torch.device,
-    to_frames: Callable[[Any], torch.Tensor] | None, tick: Callable[[], None],
-) -> tuple[float, float]:  # fmt: skip
-    """(attention per step, step), medians in seconds, over the steps after the first."""
-    watch, laps = Stopwatch(), []
-    attach(watch, handle)
-    run = _run(pipe, kwargs, seed, device, to_frames, tick, lambda: laps.append(watch.lap()))
-    return statistics.median(laps[1:] or laps), statistics.median(run.seconds)
-
-
-def _median_step(runs: list[Run], steps: range) -> float:
-    """Over some steps; the seconds of the very first step are not known (the prompt is in them)."""
-    known = slice(max(steps.start - 1, 0), max(steps.stop - 1, 0))
-    seconds = [second for run in runs for second in (run.seconds[known] or run.seconds[-1:])]
-    return statistics.median(seconds)
-
-
-def _likeness(runs: list[Run], reference: list[Run]) -> Likeness:
-    drifts: list[list[Drift]] = []
-    latents, identical = [], []
-    peaks, similarities = [], []
-    for run, dense in zip(runs, reference, strict=True):
-        pairs = list(zip(run.latents, dense.latents, strict=True))
-        drifts.append([drift(a, b) for a, b in pairs])
-        latents.append([latent_psnr(a, b) for a, b in pairs])
-        identical.append([bit_identical(a, b) for a, b in pairs])
-        if run.frames is not None and dense.frames is not None:
-            peaks.append(float(psnr(run.frames, dense.frames).mean()))
-            if min(run.frames.shape[-2:]) >= WINDOW:
-                similarities.append(float(ssim(run.frames, dense.frames).mean()))
-    return Likeness(
-        mean_drift(drifts),
-        tuple(_finite_mean(step) for step in zip(*latents, strict=True)),
-        tuple(all(step) for step in zip(*identical, strict=True)),
-        statistics.fmean(peaks) if peaks else None,
-        statistics.fmean(similarities) if similarities else None,
-    )
-
-
-def _finite_mean(decibels: Sequence[float]) -> float:
-    """Of those that differ from dense; infinite where none does."""
-    return statistics.fmean([value for value in decibels if not math.isinf(value)] or [math.inf])
-
-
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own bar off, and as it was afterwards."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
-
-
-@contextlib.contextmanager
-def _ticker(progress: bool, runs: int, kwargs: Mapping[str, Any], pipe: Any) -> Iterator[Tick]:
-    if not progress:
-        yield lambda name: None
-        return
-    from rich.progress import Progress
-
-    steps = _steps(pipe, kwargs)
-    total = 2 * min(WARM_UP_STEPS, steps) + runs * steps + 2 * min(TIMED_STEPS, steps)
-    with Progress(transient=True) as bar:
-        task = bar.add_task("compare", total=total)
-        yield lambda name: bar.update(task, advance=1, description=name)
-
-
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

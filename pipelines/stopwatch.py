@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from attn_plugins.handle import PatchHandle
 from attn_plugins.measured_call import real_tokens
 from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, SiteKind
-from attn_plugins.sequence import Sequence
 
 
 def now(device: torch.device) -> float:
@@ -37,18 +37,16 @@ def attach(watch: Stopwatch, handle: PatchHandle) -> None:
     """Time every layer of a patch, until the patch is taken out. Eager runs only."""
     for patched in handle.patches:
         for layer in patched.layers:
-            layer.processor = TimedProcessor(layer.processor, watch)
+            timed: Any = TimedProcessor(layer.processor, watch)
+            layer.processor = timed
 
 
-class TimedProcessor(Processor):
-    """Calls `inner` and adds the time to `watch`."""
+class TimedProcessor:
+    """Calls `inner` and adds the time to `watch`; in all else it is `inner`, whose caches and routers go on."""
 
     def __init__(self, inner: Processor, watch: Stopwatch) -> None:
         self.inner = inner
         self.watch = watch
-
-    def refuses(self, call: AttentionCall) -> str | None:
-        return self.inner.refuses(call)
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         start = now(call.q.device)
@@ -57,8 +55,8 @@ class TimedProcessor(Processor):
         self.watch.calls += 1
         return out
 
-    def density(self, sequence: Sequence) -> float:
-        return self.inner.density(sequence)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
 
 
 class Dense(Method):
@@ -76,6 +74,8 @@ class Dense(Method):
 
 
 class DenseProcessor(Processor):
+    """For the clock alone: padding of causal calls, capped scores and learned sinks cost nothing, and are left out."""
+
     def refuses(self, call: AttentionCall) -> str | None:
         return None
 
@@ -83,8 +83,15 @@ class DenseProcessor(Processor):
         mask = call.mask
         if mask is None and call.sequence is not None and call.sequence.padded:
             mask = real_tokens(call.sequence).to(call.q.device)[:, None, None]
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        limit = call.sliding_window if call.sliding_window is not None and call.sliding_window < keys else None
+        causal = call.causal and queries > 1  # one query behind a cache sees all keys
+        if call.causal and (limit is not None or 1 < queries < keys):
+            rows = torch.arange(keys - queries, keys, device=call.q.device)
+            back = rows[:, None] - torch.arange(keys, device=call.q.device)
+            mask, causal = (back >= 0) & (back < (limit or keys)), False
         return F.scaled_dot_product_attention(
-            call.q, call.k, call.v, mask, call.dropout, call.causal,
+            call.q, call.k, call.v, mask, call.dropout, causal,
             scale=call.scale, enable_gqa=call.q.shape[1] != call.k.shape[1],
         )  # fmt: skip
 

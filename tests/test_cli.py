@@ -177,6 +177,9 @@ def test_compare_runs_a_pipeline_from_disk(tmp_path):
     text = run("compare", str(tmp_path / "tiny"), "gna", *call, *patch).output
     assert "gna on FluxPipeline: 3 steps" in text and re.search(r"dense steps +│ 3 of 3 +│ 1 of 3", text)
     assert {path.name for path in (tmp_path / "out").iterdir()} - {"tiny_gna_steps.png"} == {
+        "tiny.html",
+        "tiny.csv",
+        "tiny.json",
         "tiny_gna.png",
         "tiny_gna_steps.csv",
     }

@@ -73,7 +73,9 @@ def cell(method: Method, family: Family) -> str:
     brings weights and the family does not tell what they must be made for, or merges references that it has not."""
     if method.kind == "module" and (family.shape is None or (method.needs_grid and not family.sized)):
         return "-"
-    if method.needs_references and "references" not in family.extras:
+    if method.needs_references:
+        return family.extras["references"].takes if "references" in family.extras else "-"
+    if method.needs_prompts and "prompts" not in family.extras:
         return "-"
     kinds = [kind for kind in dict.fromkeys(kind for _, kind in family.sites) if kind in method.sites]
     shipped = presets.available(method.name, family.name)

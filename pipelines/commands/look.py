@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from typing import Annotated
@@ -62,14 +63,19 @@ def families() -> None:
     console().print(table)
 
 
-def env() -> None:
-    """Versions, devices and backends: paste this into an issue."""
-    from attn_plugins.pipelines.environment import environment
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON: name, value, note of each row.")] = False,
+) -> None:
+    """Versions, devices and backends, and what stands in for what is missing: paste this into an issue."""
+    from attn_plugins.pipelines.environment import facts
+    from attn_plugins.report import table
 
-    rows = environment()
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        typer.echo(f"{name:<{width}}  {value}")
+    rows = facts()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return
+    for line in table((row.name, row.value, row.note) for row in rows):
+        typer.echo(line)
 
 
 def preset_table(files: Iterable[presets.PresetFile]) -> Table:
@@ -86,10 +92,16 @@ def preset_table(files: Iterable[presets.PresetFile]) -> Table:
                 quality,
                 settings,
                 describe(Schedule(row.dense_steps)) or "none",
-                row.evidence,
+                evidence(row),
                 end_section=quality == presets.QUALITIES[-1],
             )
     return table
+
+
+def evidence(row: presets.Preset) -> str:
+    """Where a preset's numbers come from, and what it gained and cost where that was measured."""
+    found = [f"{one['speedup']:.2f}x, loss {one['loss']:.2g} at {one['tokens']:,} tokens" for one in row.measured]
+    return "; ".join([row.evidence, *found])
 
 
 def as_text(value: object) -> str:

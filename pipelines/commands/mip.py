@@ -44,7 +44,7 @@ def mip(
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     out: Annotated[Path, typer.Option(help="The picture's file.")] = Path("out/mip.png"),
 ) -> None:
-    """Draw several named things, each after photos of it (MIP on Stable Diffusion XL or 1.5)."""
+    """Draw several named things, each after photos of it (MIP on Stable Diffusion XL or 1.5, or FLUX.1)."""
     from attn_plugins.pipelines.mip_sdxl import draw, load
 
     references = {name: file.split(",") for name, file in _named(reference, "reference").items()}

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attn_plugins.measures import TITLES, LayerStep, Measures, cells
-from attn_plugins.metrics import Drift
-from attn_plugins.plan.simulator import end_to_end
+from attn_plugins.measures import TITLES, LayerStep, Measures, cells, mean
+from attn_plugins.metrics import mean_interval
+from attn_plugins.pipelines.comparing.clocks import NOTHING, Timing, bound, scatter
+from attn_plugins.pipelines.comparing.likeness import Likeness, decibels
+from attn_plugins.pipelines.comparing.overview import Figures, milliseconds, power, with_ends
 from attn_plugins.report import table
 
 STEPS_TITLE = "each step: latents after it, and attention over all layers, against dense"
@@ -17,43 +19,12 @@ LAYERS_TITLE = "each layer: attention against dense, the mean over its steps"
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Medians in seconds. `step`: a denoising step; of the patched run, a sparse one. `job`: the whole call.
-
-    `attention`: attention at the patched sites within a step, measured in runs of its own, because a clock around each
-    layer costs time; `timed_step` is the step in those runs.
-    """
-
-    step: float
-    job: float
-    attention: float
-    timed_step: float
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """Patched against dense, or dense against dense again: the noise floor. Pictures: mean over seeds and frames.
-
-    `drift`, `latent_psnr` (dB, over the range of the dense latents) and `identical` (the same bits, in every seed) have
-    one entry per step, of the latents after it, means over the seeds; psnr and ssim are None without pictures.
-    """
-
-    drift: tuple[Drift, ...]
-    latent_psnr: tuple[float, ...]
-    identical: tuple[bool, ...]
-    psnr: float | None
-    ssim: float | None
-
-    def latent_cell(self, step: int) -> str:
-        """The latents' PSNR after a step as text."""
-        return "bit-identical" if self.identical[step] else _decibels(self.latent_psnr[step])
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """Dense against patched, seed by seed. `frames`: per seed (dense, patched), each (B, F, C, H, W) float in 0..1.
+    """Dense against patched, case by case: each prompt with each seed, in this order; no prompts are one.
 
-    `measures`: of a run of its own, of the first seed; None if it was not asked for.
+    `frames`: per case (dense, patched), each (B, F, C, H, W) float in 0..1; `again`: dense once more. Both as far as
+    pictures were kept. `measures`: of a run of its own, of the first case; None if it was not asked for. `notes`: what
+    is missing, and why.
     """
 
     model: str
@@ -70,11 +41,20 @@ class Comparison:
     machine: str
     measures: Measures | None = None
     frames: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(default=(), repr=False)
+    again: tuple[torch.Tensor, ...] = field(default=(), repr=False)
+    prompts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
         """Attention's share of a dense step, at the sites that the method patches."""
-        return min(self.dense.attention / self.dense.timed_step, 1.0)
+        return self.dense.share
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Their names: prompt and seed."""
+        names = self.prompts or ("",)
+        return tuple(f"{name}, seed {seed}" if name else f"seed {seed}" for name in names for seed in self.seeds)
 
     @property
     def sparse_share(self) -> float:
@@ -96,20 +76,22 @@ class Comparison:
     @property
     def step_bound(self) -> float:
         """What a sparse step could gain at most, with attention that costs nothing (Amdahl)."""
-        return end_to_end(math.inf, self.share)
+        return bound(self.share)
 
     @property
     def job_bound(self) -> float:
         """The same for the whole schedule, whose first steps stay dense."""
-        return end_to_end(math.inf, self.share * self.sparse_share)
+        return bound(self.share * self.sparse_share)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, patched, gain or bound), for any table."""
         dense, patched, likeness, noise = self.dense, self.patched, self.likeness, self.noise
+        step = (milliseconds(dense.step), milliseconds(patched.step))
+        attention = (milliseconds(dense.attention), milliseconds(patched.attention))
         rows = [
-            ("step", _ms(dense.step), _ms(patched.step), f"{self.step_speedup:.2f}x of at most {self.step_bound:.2f}x"),
-            ("attention in a step", _ms(dense.attention), _ms(patched.attention), _times(self.attention_speedup)),
-            ("attention's share of a step", f"{self.share:.1%}", _share(patched), ""),
+            ("step", *step, f"{self.step_speedup:.2f}x of at most {self.step_bound:.2f}x"),
+            ("attention in a step", *attention, _times(self.attention_speedup)),
+            ("attention's share of a step", f"{self.share:.1%}", f"{patched.share:.1%}", ""),
             ("whole job", f"{dense.job:.2f} s", f"{patched.job:.2f} s",
              f"{self.job_speedup:.2f}x of at most {self.job_bound:.2f}x"),
             ("density", "100.0%", "?" if self.density is None else f"{self.density:.1%}", ""),
@@ -121,10 +103,53 @@ class Comparison:
         rows.append(("cosine of the last latents", f"{floor.cosine:.5f}", f"{last.cosine:.5f}", ""))
         rows.append(("PSNR of the last latents", noise.latent_cell(-1), likeness.latent_cell(-1), "over their range"))
         if likeness.psnr is not None and noise.psnr is not None:
-            rows.append(("PSNR", _decibels(noise.psnr), _decibels(likeness.psnr), "against dense, same seed"))
+            rows.append(("PSNR", decibels(noise.psnr), decibels(likeness.psnr), "against dense, same seed"))
         if likeness.ssim is not None and noise.ssim is not None:
             rows.append(("SSIM", f"{noise.ssim:.4f}", f"{likeness.ssim:.4f}", "against dense, same seed"))
+        if likeness.lpips is not None and noise.lpips is not None:
+            rows.append(("LPIPS", f"{noise.lpips:.4f}", f"{likeness.lpips:.4f}", "against dense, same seed"))
         return rows
+
+    def figures(self) -> Figures:
+        """The patched run's numbers by name (overview.py), with intervals over the cases where there are several."""
+        found: Figures = {
+            "density": self.density, "step_seconds": self.patched.step, "step_speedup": self.step_speedup,
+            "step_bound": self.step_bound, "attention_seconds": self.patched.attention,
+            "attention_speedup": self.attention_speedup, "attention_share": self.patched.share,
+            "job_seconds": self.patched.job, "job_speedup": self.job_speedup, "job_bound": self.job_bound,
+        }  # fmt: skip
+        if self.measures is not None:
+            rows = self.measures.layer_steps
+            found |= {name: mean(getattr(row, name) for row in rows) for name in ("recall", "relative_l1")}
+        return found | _quality(self.likeness)
+
+    def floor(self) -> Figures:
+        """The same of dense: its times, and how far it is from itself, run again."""
+        times: Figures = {
+            "density": 1.0, "step_seconds": self.dense.step, "attention_seconds": self.dense.attention,
+            "attention_share": self.share, "job_seconds": self.dense.job,
+        }  # fmt: skip
+        return times | _quality(self.noise)
+
+    def sentences(self) -> tuple[str, str, str]:
+        """Speed, cost and bound, one sentence each."""
+        dense, patched, likeness, noise = self.dense, self.patched, self.likeness, self.noise
+        speed = (
+            f"A sparse step takes {milliseconds(patched.step)} where a dense one takes {milliseconds(dense.step)}, "
+            f"{self.step_speedup:.2f}x; the whole job, with {self.dense_steps} of {self.steps} steps dense, "
+            f"{self.job_speedup:.2f}x; {scatter(dense.spread)}."
+        )
+        cost = f"The last latents differ from dense by {power(likeness.drift[-1].relative_l2)} of their norm"
+        cost += f" (dense from itself: {power(noise.drift[-1].relative_l2)})"
+        if likeness.psnr is not None:
+            cost += f"; the pictures' PSNR is {decibels(likeness.psnr)}"
+            cost += f" and their SSIM {likeness.ssim:.3f}" if likeness.ssim is not None else ""
+            cost += f" (dense against itself: {decibels(noise.psnr or 0.0)})"
+        limit = (
+            f"Attention at the patched sites is {self.share:.1%} of a dense step, so no method could make a sparse "
+            f"step faster than {self.step_bound:.2f}x, or this job faster than {self.job_bound:.2f}x (Amdahl)."
+        )
+        return speed, f"{cost}.", limit if dense.attention else NOTHING
 
     def measured_in(self, step: int) -> list[LayerStep]:
         """What was measured in a step, by layer; a run that began in mid schedule ends where the schedule does."""
@@ -146,8 +171,9 @@ class Comparison:
     def render(self) -> str:
         """Tables in plain text: the patch, the measures, then each step and each layer."""
         seeds = ", ".join(map(str, self.seeds))
+        prompts = f", {len(self.prompts)} prompts" if len(self.prompts) > 1 else ""
         lines = [
-            f"{self.method} on {self.model}; {self.steps} steps, seeds {seeds}; {self.machine}",
+            f"{self.method} on {self.model}; {self.steps} steps{prompts}, seeds {seeds}; {self.machine}",
             "",
             self.summary,
             "",
@@ -162,25 +188,16 @@ class Comparison:
         return self.render()
 
 
-def mean_drift(rows: list[list[Drift]]) -> tuple[Drift, ...]:
-    """Per step, the mean over the seeds (outer list: seeds; inner: steps)."""
-    return tuple(
-        Drift(sum(d.relative_l2 for d in step) / len(step), sum(d.cosine for d in step) / len(step))
-        for step in zip(*rows, strict=True)
-    )
-
-
-def _share(timing: Timing) -> str:
-    return f"{min(timing.attention / timing.timed_step, 1.0):.1%}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
+def _quality(likeness: Likeness) -> Figures:
+    found: Figures = {"drift": likeness.drift[-1].relative_l2, "latent_psnr": likeness.latent_psnr[-1]}
+    for name in ("psnr", "ssim", "lpips"):
+        found[name] = getattr(likeness, name)
+    for name in ("drift", "psnr", "ssim", "lpips"):
+        values = [value for one in likeness.cases if (value := getattr(one, name)) is not None]
+        if len(values) > 1:
+            found |= with_ends(name, mean_interval(values))
+    return found
 
 
 def _times(value: float) -> str:
     return "not called" if math.isnan(value) else f"{value:.2f}x"
-
-
-def _decibels(value: float) -> str:
-    return "equal" if math.isinf(value) else f"{value:.1f} dB"

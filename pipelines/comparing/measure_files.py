@@ -13,9 +13,11 @@ from attn_plugins.measures import NAMES, mean
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from attn_plugins.pipelines.comparing.comparison import Comparison
 
+DPI = 130
 ROW = 0.16  # inches of a layer on the heat maps
 SHOWN = 40  # most layers that are named there
 
@@ -55,24 +57,35 @@ def _steps(comparison: Comparison, path: Path) -> Path:
 
 def plot(comparison: Comparison, path: Path) -> Path:
     """Latent PSNR by step with the dense-against-dense floor; above it recall and relative L1 by layer and step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure(comparison).savefig(path, dpi=DPI)
+    return path
 
+
+def figure(comparison: Comparison) -> Figure:
+    """What `plot` draws."""
     measures = comparison.measures
     maps = [] if measures is None else [name for name in ("recall", "relative_l1") if _known(measures.grid(name))]
     layers = len(measures.layers) if measures is not None else 0
     high = min(max(ROW * layers, 1.6), 6.0)
-    figure = Figure(figsize=(9, 3.2 + high * len(maps)), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and none of the user's own pyplot state
-    axes = figure.subplots(
+    drawn = canvas(9, 3.2 + high * len(maps))
+    axes = drawn.subplots(
         len(maps) + 1, 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": [*[high] * len(maps), 2.6]}
     )[:, 0]
     for name, ax in zip(maps, axes, strict=False):
         _heat_map(comparison, name, ax)
     _curve(comparison, axes[-1])
-    figure.suptitle(f"{comparison.method} on {comparison.model}, against dense", fontsize=11)
-    figure.savefig(path, dpi=130)
-    return path
+    drawn.suptitle(f"{comparison.method} on {comparison.model}, against dense", fontsize=11)
+    return drawn
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, inches, with no window and none of the user's own pyplot state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawn)
+    return drawn
 
 
 def _known(grid: torch.Tensor) -> bool:

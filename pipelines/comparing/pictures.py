@@ -31,10 +31,10 @@ def write(comparison: Comparison, folder: Path, name: str, *, fps: int = 8) -> l
     if not videos:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [_enlarged(_bytes(video)) for video in videos]
+    shown = [enlarged(as_bytes(video)) for video in videos]
     labels = ["dense", comparison.method] * (len(shown) // 2)
     written = [folder / f"{name}.png"]
-    _sheet(shown, labels).save(written[0])
+    sheet(shown, labels).save(written[0])
     if len(shown[0]) > 1:
         written.append(folder / f"{name}.gif")
         first, *others = [_moment(shown, index) for index in range(len(shown[0]))]
@@ -42,19 +42,19 @@ def write(comparison: Comparison, folder: Path, name: str, *, fps: int = 8) -> l
     return written
 
 
-def _bytes(video: torch.Tensor) -> torch.Tensor:
+def as_bytes(video: torch.Tensor) -> torch.Tensor:
     """(F, C, H, W) float in 0..1 with 1 or 3 channels -> (F, H, W, 3) uint8."""
     pixels = video.clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
-def _enlarged(video: torch.Tensor) -> torch.Tensor:
+def enlarged(video: torch.Tensor) -> torch.Tensor:
     """Small frames with every pixel repeated, so that one sees the pixels that there are."""
     times = max(1, SMALL // max(video.shape[1:3]))
     return video.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 
-def _sheet(videos: list[torch.Tensor], labels: list[str]) -> Image:
+def sheet(videos: list[torch.Tensor], labels: list[str]) -> Image:
     """Videos below each other, time to the right; single pictures beside each other, two a row."""
     from PIL import Image, ImageDraw
 
@@ -66,13 +66,13 @@ def _sheet(videos: list[torch.Tensor], labels: list[str]) -> Image:
         chosen = torch.linspace(0, frames - 1, min(COLUMNS, frames)).round().long().tolist()
         rows, texts = [[video[index] for index in chosen] for video in videos], labels
     step = height + LABEL + GAP
-    sheet = Image.new("RGB", (len(rows[0]) * (width + GAP) - GAP, len(rows) * step - GAP), (GREY,) * 3)
-    draw = ImageDraw.Draw(sheet)
+    image = Image.new("RGB", (len(rows[0]) * (width + GAP) - GAP, len(rows) * step - GAP), (GREY,) * 3)
+    draw = ImageDraw.Draw(image)
     for row, (pictures, text) in enumerate(zip(rows, texts, strict=True)):
         draw.text((2, row * step + 1), text, fill=(255, 255, 255))
         for column, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture.numpy()), (column * (width + GAP), row * step + LABEL))
-    return sheet
+            image.paste(Image.fromarray(picture.numpy()), (column * (width + GAP), row * step + LABEL))
+    return image
 
 
 def _moment(videos: list[torch.Tensor], index: int) -> Image:

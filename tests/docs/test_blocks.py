@@ -25,6 +25,7 @@ LANGUAGES = {"python", "bash", "yaml", "toml", "text"}
 # Minutes of work, which another test does with small settings; here names and signatures alone are held.
 LONG = {
     "search(model, tokenizer": "tests/pipelines/test_moa_search.py",
+    "compare(pipe": "tests/pipelines/test_compare.py",
     "upcycle(UpcycleSettings": "tests/pipelines/test_upcycle.py",
 }
 # the README's block is run as a user would, elsewhere
