@@ -22,6 +22,7 @@ from attn_plugins.schedule import Schedule
 from attn_plugins.targets import find
 
 BAM = "bam"
+SAVE = "save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,29 @@ class _Replaced(Processor):
         raise NotImplementedError("a layer with attention experts has no call of its own")
 
 
+class _NotSaved:
+    """In the place of a model's `save_pretrained`: what it writes has wide attentions that no class loads."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "save_pretrained: a model with attention experts in it cannot be loaded again; call "
+            "attn_plugins.unpatch(model, 'bam') first, or make a mixture that lasts with attn-plugins upcycle"
+        )
+
+
 class _Undo:
     """Takes the experts out; refuses while another patch sits on their modules."""
 
-    def __init__(self, graft: Any) -> None:
-        self.graft = graft
+    def __init__(self, graft: Any, root: nn.Module) -> None:
+        self.graft, self.root = graft, root
+        vars(root)[SAVE] = _NotSaved()
 
     def __call__(self) -> None:
         held = [name for layer, name, _ in self.graft.layers if SITE_ATTRIBUTE in getattr(layer, name).__dict__]
         if held:
             raise ValueError("another patch is on the attention experts: take that one out first (the last one first)")
         self.graft.remove()
+        vars(self.root).pop(SAVE, None)
 
 
 def graft(obj: object, experts: Sequence[Any] = (), **options: Any) -> PatchHandle:
@@ -95,7 +108,7 @@ def graft(obj: object, experts: Sequence[Any] = (), **options: Any) -> PatchHand
         raise ValueError(
             f"{type(root).__name__} is patched by {taken!r}: call attn_plugins.unpatch(obj, {taken!r}) first"
         )
-    plan.undo = [_Undo(graft_experts(root, experts, attention=config.attention, seed=config.seed))]
+    plan.undo = [_Undo(graft_experts(root, experts, attention=config.attention, seed=config.seed), root)]
     record.add(root, plan)
     plan.handle = PatchHandle([(root, plan)])
     return plan.handle

@@ -261,7 +261,7 @@ class Method(ABC):
         return ()
 
     def on_heads(self, rows: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> dict[str, Any] | None:
-        """Options by which some query heads have options of their own, (heads, options) a row, and all others are dense.
+        """Options by which some query heads have their own, (heads, options) a row, and all others are dense.
 
         None: this method, or one of these settings, cannot say so.
         """

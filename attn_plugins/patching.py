@@ -254,7 +254,7 @@ def _plan(target: Target, request: _Request) -> _Planned:
     state = RootState(
         schedule, clock=clock, strict=request.strict, min_tokens=min_tokens,
         key_padding=bool(family.extras.get("key_padding")), in_parts=bool(family.extras.get("in_parts")),
-        measured=request.measured,
+        measured=request.measured or (chosen.measured_tokens if chosen and not request.options else None),
     )  # fmt: skip
     all_sites = family.find_sites(root)
     if method.needs_references:

@@ -64,7 +64,7 @@ def write_rows(rows: list[dict[str, Any]], path: str | Path, evidence: Mapping[s
     """As `write`, of rows that have some of `FIELDS`."""
     import yaml
 
-    told = dict(rows[0]) if len(rows) == 1 else {"patches": rows}
+    told: dict[str, Any] = dict(rows[0]) if len(rows) == 1 else {"patches": rows}
     if evidence:
         told["evidence"] = dict(evidence)
     path = Path(path)

@@ -82,7 +82,7 @@ def attach(root: nn.Module, patched: Patched, made: Mapping[str, Make]) -> None:
         module.add_module(name, weights)
         patched.undo.append(functools.partial(_detach, module, name))
     config = getattr(root, "config", None)
-    if config is not None:
+    if config is not None and patched.kept:
         row, rows = recipe.row(patched), noted(config)
         _note(config, [*rows, *([] if row in rows else [row])])
         patched.undo.append(functools.partial(forget, config, [row]))

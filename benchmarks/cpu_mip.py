@@ -4,8 +4,9 @@
 
 Whole layers of diffusers at the shapes of SDXL and of Stable Diffusion 1.5, projections included, with 77 text tokens
 and guidance (a batch of two): `stock_ms` by diffusers' own processor, `mip_ms` by ours with phrases of `rows` tokens,
-whose keys are kept as they are over the steps. `plain_ms` is the same merge written as its formula reads: a softmax
-over positions for each phrase, one attention for each reference.
+whose keys are kept as they are over the steps. FLUX: joint attention of a double block with 512 text tokens, one prompt
+(`benchmarks/mip_flux.py`). `plain_ms` is the same merge written as its formula reads: a softmax over positions for each
+phrase, one attention for each reference.
 
 `ratio` is mip / stock, `ratio_plain` plain / stock: the price of the merge, to pass it is 1.3 for two references. The
 sides run interleaved; ratios are of medians. A wrong result is not timed: ours is first compared with the plain side.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from attn_plugins.patches.phrases import LayerPhrases, Phrases  # noqa: E402
 from attn_plugins.patches.processors.mip_ip_adapter import MIPAttnProcessor2_0  # noqa: E402
 from attn_plugins.runtime import Layer, RootState  # noqa: E402
 from attn_plugins.schedule import Schedule  # noqa: E402
+from benchmarks import mip_flux  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from benchmarks.stopwatch import interleaved  # noqa: E402
 
@@ -40,16 +43,36 @@ LAYERS = {
     "sdxl-1024": (1024, 1280, 20, 2048),
     "sd15-4096": (4096, 320, 8, 768),
     "sd15-1024": (1024, 640, 8, 768),
+    "flux-1024": (1024, 3072, 24, 4096),
+    "flux-4096": (4096, 3072, 24, 4096),
 }
+QUICK = ("sdxl-4096", "sdxl-1024", "flux-1024")
 BATCH, TEXT, ROWS = 2, 77, 2
 
 
 def measure(name: str, references: int, tokens: int, dtype: str, seconds: float) -> dict[str, object]:
     """One row."""
+    positions, channels, heads, width = LAYERS[name]
+    make = mip_flux.sides if name.startswith("flux") else sides
+    with torch.no_grad():
+        runs = make(name, LAYERS[name], references, tokens, ROWS, DTYPES[dtype])
+        check(runs["mip"](), runs["plain"]())
+        times = interleaved(runs, seconds=seconds)
+    return {
+        "layer": name, "positions": positions, "channels": channels, "heads": heads, "references": references,
+        "tokens": tokens, "rows": ROWS, "dtype": dtype,
+        **{f"{side}_ms": round(time, 2) for side, time in times.items()},
+        "ratio": round(times["mip"] / times["stock"], 3), "ratio_plain": round(times["plain"] / times["stock"], 3),
+    }  # fmt: skip
+
+
+def sides(
+    name: str, shape: tuple[int, int, int, int], references: int, tokens: int, rows: int, kind: torch.dtype
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """A layer of Stable Diffusion as stock, mip and plain compute it."""
     from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 
-    positions, channels, heads, width = LAYERS[name]
-    kind = DTYPES[dtype]
+    positions, channels, heads, width = shape
     torch.manual_seed(0)
     attn = Attention(channels, cross_attention_dim=width, heads=heads, dim_head=channels // heads).to(kind)
     stock = IPAdapterAttnProcessor2_0(channels, width, num_tokens=(tokens,), scale=[0.75]).to(kind)
@@ -58,7 +81,7 @@ def measure(name: str, references: int, tokens: int, dtype: str, seconds: float)
     x, text = torch.randn(BATCH, positions, channels, dtype=kind), torch.randn(BATCH, TEXT, width, dtype=kind)
     images = [torch.randn(BATCH, references, tokens, width, dtype=kind)]
     names = tuple(f"thing {index}" for index in range(references))
-    phrases = Phrases(names, torch.randn(1, references, ROWS, width, dtype=kind), torch.full((1, references), ROWS))
+    phrases = Phrases(names, torch.randn(1, references, rows, width, dtype=kind), torch.full((1, references), rows))
     layer = Layer(RootState(Schedule(0)), MIPProcessor(MIPConfig(phrases=names)), "cross", name, 0)
     layer.references = LayerPhrases(phrases, None)
     attn.__dict__[STATE] = layer
@@ -66,18 +89,9 @@ def measure(name: str, references: int, tokens: int, dtype: str, seconds: float)
     def run(processor: Any) -> torch.Tensor:
         return processor(attn, x, (text, images))
 
-    with torch.no_grad():
-        check(run(ours), plain(attn, stock, x, text, images[0], phrases, 0.75))
-        sides = {
-            "stock": lambda: run(stock), "mip": lambda: run(ours),
-            "plain": lambda: plain(attn, stock, x, text, images[0], phrases, 0.75),
-        }  # fmt: skip
-        times = interleaved(sides, seconds=seconds)
     return {
-        "layer": name, "positions": positions, "channels": channels, "heads": heads, "references": references,
-        "tokens": tokens, "rows": ROWS, "dtype": dtype,
-        **{f"{side}_ms": round(time, 2) for side, time in times.items()},
-        "ratio": round(times["mip"] / times["stock"], 3), "ratio_plain": round(times["plain"] / times["stock"], 3),
+        "stock": lambda: run(stock), "mip": lambda: run(ours),
+        "plain": lambda: plain(attn, stock, x, text, images[0], phrases, 0.75),
     }  # fmt: skip
 
 
@@ -114,7 +128,7 @@ def check(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two references in SDXL's layers, a second each")
+    parser.add_argument("--quick", action="store_true", help="two references in SDXL's layers and one of FLUX")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_mip.csv"))
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--references", nargs="*", type=int, default=[2, 4])
@@ -123,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     layers, references = arguments.layers, arguments.references
     if arguments.quick:
-        layers, references = [name for name in layers if name.startswith("sdxl")], [2]
+        layers, references = [name for name in layers if name in QUICK], [2]
     plan = list(itertools.product(layers, references, arguments.tokens, arguments.dtypes))
     seconds = 1.0 if arguments.quick else 5.0
     write_rows(plan, lambda case: measure(*case, seconds), arguments.out)

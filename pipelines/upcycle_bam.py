@@ -25,13 +25,13 @@ from attn_plugins.pipelines.upcycle.options import UpcycleSettings
 from attn_plugins.pipelines.upcycle.report import UpcycleReport, report
 from attn_plugins.pipelines.upcycle.routers import rows_of_prompts
 from attn_plugins.pipelines.upcycle.tensors import Mixing
-from attn_plugins.pipelines.upcycle.writer import alone, shards, write_shard, write_text
+from attn_plugins.pipelines.upcycle.writer import alone, settle, shards, write_shard, write_text
 
 REPORT, STATE = "upcycle.json", "unfinished.json"
 SHARD = 4_000_000_000  # bytes
 _BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "chat_template*", "generation_config.json",
+    "chat_template*", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 Tick = Callable[[str, int], None]
@@ -64,17 +64,19 @@ def plan(settings: UpcycleSettings) -> Plan:
 
     base = Checkpoint.open(settings.base_model)
     row = _architecture(base)
+    if row.vision and settings.router_init == "hidden":
+        raise ValueError(f"router_init: hidden reads prompts, and {row.prefix} models read pictures: give random")
     opened = {settings.base_model: base}
     for member in settings.members:
         if member.source not in opened:
             opened[member.source] = Checkpoint.open(member.source)
     members = [opened[member.source] for member in settings.members]
-    checks.one_architecture(base, [checkpoint for checkpoint in opened.values() if checkpoint is not base])
+    checks.one_architecture(base, [checkpoint for checkpoint in opened.values() if checkpoint is not base], row)
     dtype = _dtype(settings, base)
     config = _config(settings, base, row, dtype)
     with torch.device("meta"):
-        dense = row.dense_class("ForCausalLM")(base.config)
-        mixture = part_class(row, "ForCausalLM")(config)
+        dense = row.dense_class(row.head)(base.config)
+        mixture = part_class(row, row.head)(config)
     shapes, dense_shapes = _shapes(mixture), _shapes(dense)
     names = checks.all_tensors(dense, members, row)
     mixing = Mixing(row, config, members, names, shapes, dtype, settings.seed)
@@ -94,7 +96,8 @@ def plan(settings: UpcycleSettings) -> Plan:
 def upcycle(
     settings: UpcycleSettings | Plan, out: str | Path, *, shard: int = SHARD, tick: Tick = lambda what, amount: None
 ) -> UpcycleReport:
-    """Make the mixture in folder `out`, which `AutoModelForCausalLM.from_pretrained` then loads.
+    """Make the mixture in folder `out`, which `AutoModelForCausalLM.from_pretrained` then loads (of pictures,
+    `AutoModelForImageClassification`).
 
     Args:
         settings: what to do, or `plan(settings)`.
@@ -137,6 +140,7 @@ def upcycle(
                 write_shard(work / file, names, dict(mixing.shapes), mixing.dtype, mixing.pieces, tick)
         _write_rest(found, files, work)
         _verify(found, files, work)
+        settle(work)
         os.replace(work, out)
     (out / STATE).unlink()
     return found.report
@@ -159,7 +163,7 @@ def _config(settings: UpcycleSettings, base: Checkpoint, row: Architecture, dtyp
     for key in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype"):
         told.pop(key, None)
     stub = HOME.rsplit(".", 1)[-1]
-    parts = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    parts = {"AutoConfig": "Config", "AutoModel": "Model", row.auto: row.head}
     return config_class(row)(
         **told,
         num_experts=len(settings.members),
@@ -169,7 +173,7 @@ def _config(settings: UpcycleSettings, base: Checkpoint, row: Architecture, dtyp
         router_aux_loss_coef=settings.balance,
         router_z_loss_coef=settings.z,
         expert_names=[member.name for member in settings.members],
-        architectures=[row.class_name("ForCausalLM")],
+        architectures=[row.class_name(row.head)],
         auto_map={auto: f"{stub}.{row.class_name(part)}" for auto, part in parts.items()},
         dtype=dtype,
     )

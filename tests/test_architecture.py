@@ -22,7 +22,7 @@ FLOORS = [
     "ops",
     "search | metrics | training",
     "models",
-    "method references runtime schedule",
+    "method prompts references runtime schedule watching",
     "methods | patches",
     "presets registry",
     "patching grafting targets selection handle measured_call measures measuring pretrained recipe record report "

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from attn_plugins.training.processes import by_all, by_main
+
 STATE, TRAINED = "run.json", "trained.safetensors"
 
 
@@ -38,17 +40,17 @@ def trained_only(accelerator: Any) -> Iterator[None]:
 def save(accelerator: Any, folder: Path, identity: Mapping[str, Any], losses: list[float]) -> None:
     """Replace the checkpoint in `folder`. One that is cut short while writing leaves the last one in place."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    accelerator.save_state(str(new))
-    if accelerator.is_main_process:
+
+    def replace() -> None:
         (new / STATE).write_text(json.dumps({"identity": identity, "losses": losses}), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+    by_all(accelerator, lambda: accelerator.save_state(str(new)))
+    by_main(accelerator, replace)
 
 
 def load(accelerator: Any, folder: Path, identity: Mapping[str, Any]) -> list[float]:

@@ -52,7 +52,7 @@ class AdapterFile:
         if image_encoder is not None or (beside and getattr(pipe, "image_encoder", None) is None):
             pipe.register_modules(image_encoder=self._encoder(pipe, image_encoder, kind.encoder))
         try:
-            if beside:
+            if beside or self.hub is None:
                 where = {"subfolder": "", "weight_name": self.path.name, kind.no_encoder: None}
                 pipe.load_ip_adapter(str(self.path.parent), **where)
             else:

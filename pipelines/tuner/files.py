@@ -33,7 +33,7 @@ def save(result: TuneResult, folder: Path) -> list[Path]:
 
 def table(result: TuneResult) -> list[tuple[str, ...]]:
     """Cells: a header, and a line for each setting that was tested, quickest first."""
-    rows = [("setting", "times faster", f"{result.subject.loss_name}", "density", "foreseen")]
+    rows: list[tuple[str, ...]] = [("setting", "times faster", f"{result.subject.loss_name}", "density", "foreseen")]
     for one in sorted(result.tested, key=lambda one: -one.speedup):
         mark = " (chosen)" if one.what is result.chosen.what else ""
         foreseen = "" if one.foreseen is None else f"{one.foreseen[0]:.2f}, {one.foreseen[1]:.3g}"

@@ -97,7 +97,7 @@ def _combinations(profile: Profile, place: int) -> list[tuple[int, ...]]:
         for column in range(len(profile.candidates))
         if not math.isnan(profile.seconds[place, column]) and not np.isnan(profile.error[:, place, column]).any()
     ]
-    found = [(column,) for column in usable]
+    found: list[tuple[int, ...]] = [(column,) for column in usable]
     parts: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for column in usable:
         candidate = profile.candidates[column]

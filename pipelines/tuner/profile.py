@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,8 @@ def _dense_seconds(subject: Subject, probes: Sequence[Probe], tick: Tick) -> np.
         for patched in handle.patches:
             for layer in patched.layers:
                 if layer.name in clocks:
-                    layer.processor = TimedProcessor(layer.processor, clocks[layer.name])
+                    timed: Any = TimedProcessor(layer.processor, clocks[layer.name])
+                    layer.processor = timed
         for _ in range(REPEATS):
             for probe in probes:
                 subject.again(probe)

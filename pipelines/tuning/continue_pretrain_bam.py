@@ -1,9 +1,9 @@
-"""A small language model becomes a mixture of its specialists, and is trained on: branch, train, mix, train.
+"""A small model becomes a mixture of its specialists, and is trained on: branch, train, mix, train.
 
-The seed is trained on code, and from the same start on prose. Seed and specialists become mixtures: BTX, BAM with
-shared keys and values, BAM with each expert's own. Every mixture is trained on both texts, and so is the dense seed,
-for as many steps, and once more for as many as all runs behind a mixture have together. All are judged on the same
-held-out text of each domain.
+The seed, a language model or a vision transformer, is trained on one domain (code, handwriting), and from the same
+start on another (prose, photographs). Seed and specialists become mixtures: BTX, BAM with shared keys and values, BAM
+with each expert's own. Every mixture is trained on all domains, and so is the dense seed, for as many steps, and once
+more for as many as all runs behind a mixture have together. All are judged on the same held-out items of each domain.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from attn_plugins.models.bam import of
 from attn_plugins.models.bam.watching import watch_routers
 from attn_plugins.pipelines.environment import environment
 from attn_plugins.pipelines.tuning.tuned_bam import DENSE, DENSE_LONG, MIXTURES, SEED, TunedBam
@@ -23,6 +24,7 @@ from attn_plugins.pipelines.upcycle.options import Expert as Member
 from attn_plugins.pipelines.upcycle.options import UpcycleSettings
 from attn_plugins.pipelines.upcycle_bam import upcycle
 from attn_plugins.training.loop import LoopSettings
+from attn_plugins.training.processes import by_main
 from attn_plugins.training.routers import RouterRow
 from attn_plugins.training.tasks import Task, held_out_losses, train_task
 from attn_plugins.training.tasks.mixed import MixedTask
@@ -34,7 +36,7 @@ class BamPretraining:
 
     Args:
         accelerator: an `accelerate.Accelerator`.
-        tasks: by domain, of language models; all load the same seed.
+        tasks: by domain, of language models or of picture classifiers; all load the same seed.
         settings: of the training of a mixture; `branch` of a specialist's.
         out: folder of the specialists, the mixtures and the dense runs.
         method_options: by mixture, of `UpcycleSettings`; default: the three.
@@ -59,6 +61,7 @@ class BamPretraining:
         self.losses: dict[str, list[float]] = {}
         self.routers: dict[str, dict[str, list[RouterRow]]] = {}
         self.sizes: dict[str, int] = {}
+        self.model_type = ""
 
     def run(self, *, resume: bool = False) -> TunedBam:
         """Everything; `resume` takes up what lies in the folder.
@@ -69,6 +72,7 @@ class BamPretraining:
         if (self.out / "branches").exists() and not resume:
             raise ValueError(f"{self.out / 'branches'} is there already: resume that run, or give another folder")
         seed = self._seed()
+        self.model_type = of(seed.config.model_type).name  # or BAM does not mix it: said before anything is trained
         self._judge(SEED, seed)
         self._save(seed, self.out / "branches" / SEED)
         for domain, task in self.tasks.items():
@@ -106,22 +110,25 @@ class BamPretraining:
         self._judge(name, model)
 
     def _upcycled(self, name: str, options: Mapping[str, Any]) -> Callable[[], Any]:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         folder, branches = self.out / name / "start", self.out / "branches"
-        if self.accelerator.is_main_process and not folder.exists():
+
+        def mix() -> None:
+            if folder.exists():
+                return
             folder.parent.mkdir(parents=True, exist_ok=True)
             # An unfinished one cannot go on: the experts' files have been written again since.
             shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
             experts = tuple(Member(str(branches / domain), domain) for domain in self.tasks)
             upcycle(UpcycleSettings(str(branches / SEED), experts, **options), folder)
-        self.accelerator.wait_for_everyone()
-        return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+        by_main(self.accelerator, mix)
+        auto = getattr(transformers, of(self.model_type).auto)
+        return lambda: auto.from_pretrained(folder, dtype=torch.float32)
 
     def _save(self, model: Any, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            model.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        by_main(self.accelerator, lambda: model.save_pretrained(folder))
 
     def _judge(self, name: str, model: Any) -> None:
         """Losses by domain; of a mixture, what its routers did with each."""

@@ -12,6 +12,7 @@ from typing import Any
 from attn_plugins.training.classifying import muon, small_vit
 from attn_plugins.training.loop import LoopSettings, adamw
 from attn_plugins.training.pictures import DigitPictures, PictureData, PictureFolder
+from attn_plugins.training.processes import by_main
 from attn_plugins.training.small_llama.domains import DOMAINS
 from attn_plugins.training.tasks import Task, train_task
 from attn_plugins.training.tasks.classes import ClassesTask
@@ -134,9 +135,7 @@ def trained_start(accelerator: Any, folder: Path, settings: LoopSettings) -> Cal
             rule = muon if hasattr(model, "vit") else adamw
             parts = accelerator, model, task, settings, folder / "checkpoint"
             train_task(*parts, resume=True, title="dense start", optimizers=rule)
-            if accelerator.is_main_process:
-                model.save_pretrained(folder)
-            accelerator.wait_for_everyone()
+            by_main(accelerator, lambda: model.save_pretrained(folder))
         told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if told.get("attn_plugins"):
             raise ValueError(f"{folder} holds a patched model: give another --out")

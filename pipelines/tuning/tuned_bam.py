@@ -42,6 +42,10 @@ class TunedBam:
     def shown(self, loss: float) -> float:
         return shown(self.unit, loss)
 
+    def told(self, losses: list[float]) -> str:
+        """Their mean as people read it."""
+        return f"{self.shown(statistics.mean(losses)):{'.2f' if self.unit == 'perplexity' else '.3f'}}"
+
     def difference(self, name: str, other: str) -> tuple[float, float]:
         """Mean loss over the domains of one less that of another, item by item, and half of its 95 % interval."""
         pairs = (zip(self.held_out[name][d], self.held_out[other][d], strict=True) for d in self.tasks)
@@ -54,20 +58,21 @@ class TunedBam:
         lines = [f"| {self.unit} | parameters | {head} | mean loss less the dense one's, as many steps |"]
         lines.append("|---" * (3 + len(self.tasks)) + "|")
         for name, domains in self.held_out.items():
-            cells = " | ".join(f"{self.shown(statistics.mean(domains[domain])):.2f}" for domain in self.tasks)
+            cells = " | ".join(self.told(domains[domain]) for domain in self.tasks)
             gap, error = self.difference(name, DENSE)
             beside = "-" if name == DENSE else f"{gap:+.4f} ± {error:.4f}"
             lines.append(f"| {name} | {self.sizes[name]:,} | {cells} | {beside} |")
         return "\n".join(lines)
 
     def sentences(self) -> list[str]:
-        items = len(next(iter(self.held_out[SEED].values())))
+        count = len(next(iter(self.held_out[SEED].values())))
+        items = "rows" if self.unit == "perplexity" else "pictures"
         names = ("devices", "torch threads", "torch", "transformers")
         return [
             f"{self.model}; " + "; ".join(f"{domain}: {task}" for domain, task in self.tasks.items()),
             f"specialists {self.branch['steps']} steps, mixtures and dense {self.settings['steps']} steps of "
-            f"{self.settings['batch'] * self.processes} rows; {items} held-out rows of each domain, ± half of a 95 % "
-            "interval over them",
+            f"{self.settings['batch'] * self.processes} {items}; {count} held-out {items} of each domain, ± half of a "
+            "95 % interval over them",
             "; ".join(f"{name} {self.environment[name]}" for name in names),
         ]
 
@@ -95,16 +100,17 @@ def draw(tuned: TunedBam, file: Path) -> None:
     for name, losses in tuned.losses.items():
         if not name.startswith("expert"):
             left.plot(range(1, len(losses) + 1), smoothed(losses, max(1, len(losses) // 15)), label=name)
-    left.set(xlabel="step", title="loss in training on both texts (smoothed)")
+    left.set(xlabel="step", title="loss in training on all domains (smoothed)")
     left.legend(fontsize=8)
 
     names, width = list(tuned.held_out), 0.8 / len(tuned.tasks)
     for number, domain in enumerate(tuned.tasks):
         values = [tuned.shown(statistics.mean(tuned.held_out[name][domain])) for name in names]
         places = [place + number * width for place in range(len(names))]
+        labels = [tuned.told(tuned.held_out[name][domain]) for name in names]
         bars = right.barh(places, values, width, label=domain)
-        right.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=7)
-    right.set(yticks=[place + 0.4 - width / 2 for place in range(len(names))], title=f"{tuned.unit}, held-out rows")
+        right.bar_label(bars, labels=labels, padding=2, fontsize=7)
+    right.set(yticks=[place + 0.4 - width / 2 for place in range(len(names))], title=f"{tuned.unit}, held out")
     right.set_yticklabels(names, fontsize=8)
     right.margins(x=0.12)
     right.invert_yaxis()

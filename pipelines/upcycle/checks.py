@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,27 @@ import torch
 
 from attn_plugins.models.bam import Architecture
 from attn_plugins.pipelines.upcycle.checkpoint import Checkpoint
+from attn_plugins.pipelines.upcycle.inputs import same_input
 
 # What experts of one architecture may differ in: how they were trained and saved, not what they compute.
 FREE = {
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "classifier_dropout", "dtype",
-    "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "label2id", "pad_token_id",
-    "pretraining_tp", "resid_pdrop", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bos_token_id",
+    "classifier_dropout", "dtype", "embd_pdrop", "encoder_stride", "eos_token_id", "hidden_dropout",
+    "hidden_dropout_prob", "id2label", "initializer_range", "label2id", "pad_token_id", "pooler_act",
+    "pooler_output_size", "pretraining_tp", "problem_type", "resid_pdrop", "torch_dtype", "transformers_version",
+    "use_cache",
 }  # fmt: skip
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+LABELS = {"id2label", "label2id"}  # a text model's mean nothing
 _ROWS = 4 << 20  # elements that are compared at a time
 
 
-def one_architecture(base: Checkpoint, others: Sequence[Checkpoint]) -> None:
+def one_architecture(base: Checkpoint, others: Sequence[Checkpoint], row: Architecture) -> None:
     """Raises:
-    ValueError: another model type, size, rope, norm, tie, vocabulary or tokenizer than the base's.
+    ValueError: another model type, size, rope, norm, tie, vocabulary, tokenizer, labels or way to read pictures than
+        the base's.
     """
     wanted = base.config.to_dict()
+    free = FREE - LABELS if row.vision else FREE
     for other in others:
         told = other.config.to_dict()
         if told["model_type"] != wanted["model_type"]:
@@ -36,32 +40,21 @@ def one_architecture(base: Checkpoint, others: Sequence[Checkpoint]) -> None:
                 f"{other.folder} is a {told['model_type']} and {base.folder} a {wanted['model_type']}: experts are of "
                 "one architecture"
             )
-        unlike = sorted(key for key in {*told, *wanted} - FREE if told.get(key) != wanted.get(key))
+        unlike = sorted(key for key in {*told, *wanted} - free if told.get(key) != wanted.get(key))
         if unlike:
             key = unlike[0]
             more = f" (and {', '.join(unlike[1:])})" if unlike[1:] else ""
             raise ValueError(
-                f"{other.folder} has {key} = {told.get(key)!r}, and {base.folder} has {wanted.get(key)!r}{more}: "
-                "experts have to agree in all that a model computes"
+                f"{other.folder} has {key} = {_short(told.get(key))}, and {base.folder} has {_short(wanted.get(key))}"
+                f"{more}: experts have to agree in all that a model computes"
             )
-        _same_tokenizer(base.folder, other.folder)
+        same_input(base.folder, other.folder)
 
 
-def _same_tokenizer(base: Path, other: Path) -> None:
-    for file in _TOKENIZER:
-        if (base / file).is_file() and (other / file).is_file() and _meaning(base / file) != _meaning(other / file):
-            raise ValueError(
-                f"{other / file} differs from {base / file}: a token means the same to every expert, or they cannot be "
-                "mixed"
-            )
-
-
-def _meaning(path: Path) -> Any:
-    """A tokenizer's file without what a user of it sets."""
-    if path.name != "tokenizer.json":
-        return path.read_bytes()
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in told.items() if key not in ("truncation", "padding")}
+def _short(value: Any) -> str:
+    """Of a thousand classes, some."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:150]} ...{text[-1]}"
 
 
 def all_tensors(model: Any, checkpoints: Sequence[Checkpoint], row: Architecture) -> list[dict[str, str]]:
@@ -77,10 +70,9 @@ def all_tensors(model: Any, checkpoints: Sequence[Checkpoint], row: Architecture
         for name, tensor in model.state_dict().items():
             if name in tied:
                 continue
-            spellings = (name, name.removeprefix(f"{row.body}."), dict(row.file_names).get(name, name))
-            there = next((spelling for spelling in spellings if spelling in checkpoint.shapes), None)
+            there = next((spelling for spelling in row.spellings(name) if spelling in checkpoint.shapes), None)
             if there is None:
-                raise ValueError(f"{checkpoint.folder} has no {name}: it is no whole {row.prefix}ForCausalLM")
+                raise ValueError(f"{checkpoint.folder} has no {name}: it is no whole {row.prefix}{row.head}")
             if checkpoint.shapes[there] != tuple(tensor.shape):
                 raise ValueError(
                     f"{checkpoint.folder}: {there} has shape {checkpoint.shapes[there]}, and its config makes it "

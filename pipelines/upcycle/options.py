@@ -161,9 +161,14 @@ def _expert(row: Any, number: int, folder: Path) -> Expert:
 
 
 def _place(what: str, source: Any, folder: Path) -> str:
-    """A folder beside the file, else as it is said: a path, or a name on the Hub."""
+    """A folder beside the file, else as it is said: a path (`~` is one's home), or a name on the Hub."""
     if not isinstance(source, str) or not source:
         raise ValueError(f"{what}={source!r}: give a folder, or a name on the Hub")
+    if source.startswith("~"):
+        try:
+            return str(Path(source).expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"{what}={source!r}: {error}") from error
     beside = folder / source
     return str(beside) if beside.is_dir() else source
 

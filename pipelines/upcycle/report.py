@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-from attn_plugins.models.bam.architectures import heads_of
+from attn_plugins.models.bam.architectures import heads_of, of
 
 CONTEXT = 4096  # tokens, of the operations
+_PLACES = "vit.embeddings.position_embeddings"  # (1, tokens, C)
+_ADDED = (_PLACES, "vit.embeddings.cls_token")
 
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """Counts. flops: multiplications and additions for one token that has `context` tokens before it.
+    """Counts. flops: multiplications and additions for one token that has `context` tokens before it; of a picture
+    classifier, which has no cache, for one of a picture's `context` tokens.
 
     routed_tensors: of the mixture, those in which every expert has a part of its own. active: parameters that one token
     meets (its experts of each feed-forward, and all attention experts: they are mixed softly).
@@ -44,15 +47,16 @@ class UpcycleReport:
     def lines(self) -> list[str]:
         """For people."""
         experts = ", ".join(self.experts)
+        cache = f"KV cache {self.kv_bytes:,} bytes a token (dense {self.kv_bytes_dense:,})"
+        where = f"{self.context:,} tokens before it" if self.kv_bytes else f"of a picture's {self.context:,}"
         return [
             f"{self.model_type}: {len(self.experts)} experts ({experts}), method {self.method}, "
             f"attention {self.attention}",
             f"{self.routed_tensors} of {self.tensors} tensors routed, {self.dtype}",
             f"parameters {self.parameters:,}, for one token {self.parameters_active:,} "
             f"(dense {self.parameters_dense:,})",
-            f"KV cache {self.kv_bytes:,} bytes a token (dense {self.kv_bytes_dense:,})",
-            f"FLOPs a token, {self.context:,} tokens before it: {self.flops / 1e9:.3f} G, "
-            f"{self.flops / self.flops_dense:.2f} x dense",
+            *([cache] if self.kv_bytes else []),
+            f"FLOPs a token, {where}: {self.flops / 1e9:.3f} G, {self.flops / self.flops_dense:.2f} x dense",
         ]
 
 
@@ -71,18 +75,25 @@ def report(
     total, dense = _count(shapes), _count(dense_shapes)
     in_experts = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp.experts." in name)
     active = total - in_experts * (experts - config.num_experts_per_tok) // experts
-    cache = 2 * layers * kv_heads * head_dim * dtype.itemsize
-    scores = 4 * layers * heads * head_dim * CONTEXT  # q k and p v, for one attention
-    one_table = (
-        config.vocab_size * config.hidden_size if not config.tie_word_embeddings else 0
-    )  # looked up, not multiplied
+    vision = of(config.model_type).vision
+    context = dense_shapes[_PLACES][1] if vision else CONTEXT
+    cache = 0 if vision else 2 * layers * kv_heads * head_dim * dtype.itemsize
+    scores = 4 * layers * heads * head_dim * context  # q k and p v, for one attention
+    beside = _beside(config, dense_shapes, vision)
     return UpcycleReport(
         config.model_type, method, config.attention_experts, tuple(names), str(dtype).removeprefix("torch."),
         len(shapes), routed, total, active, dense,
-        cache * (experts if config.attention_experts == "all_params" else 1), cache, CONTEXT,
-        2 * (active - one_table) + scores * (1 if config.attention_experts == "mean" else experts),
-        2 * (dense - one_table) + scores,
+        cache * (experts if config.attention_experts == "all_params" else 1), cache, context,
+        2 * (active - beside) + scores * (1 if config.attention_experts == "mean" else experts),
+        2 * (dense - beside) + scores,
     )  # fmt: skip
+
+
+def _beside(config: Any, shapes: Mapping[str, Sequence[int]], vision: bool) -> int:
+    """Parameters that no token is multiplied by: a table that is looked up, what is added, a head for one token."""
+    if vision:
+        return sum(math.prod(shapes[name]) for name in shapes if name.startswith("classifier.") or name in _ADDED)
+    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
 
 
 def _count(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -83,7 +83,7 @@ def alone(folder: Path) -> Iterator[None]:
     lets go of it when a process ends, however that was.
 
     Raises:
-        ValueError: another one is.
+        ValueError: another one is, or was until now, and the folder has its name.
     """
     try:
         import fcntl
@@ -98,9 +98,26 @@ def alone(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: another run is writing there; wait for it, or give another folder") from error
         except OSError:
             pass  # a file system without locks
+        if not folder.exists() or not os.path.samestat(os.fstat(held), folder.stat()):
+            raise ValueError(f"{folder}: another run has finished there meanwhile")
         yield
     finally:
         os.close(held)
+
+
+def settle(folder: Path) -> None:
+    """Flush all files of a folder, and what is called how in it, to the disk: a rename may get there before them."""
+    for path in [*folder.iterdir(), folder]:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError:  # Windows opens no folders
+            continue
+        try:
+            os.fsync(file)
+        except OSError:  # a file system that cannot, or Windows, which flushes only what is open for writing
+            pass
+        finally:
+            os.close(file)
 
 
 def write_text(path: Path, text: str) -> None:

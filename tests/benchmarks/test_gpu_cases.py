@@ -82,7 +82,10 @@ def test_choosing_cases():
     assert 0 < len(quick) < len(cases) and all(case.quick for case in quick)
     wan = chosen(cases, ["wan", "1d"], True)
     assert [case.name for case in wan] == [name for name in names if name.startswith(("wan", "1d"))]
-    assert chosen(cases, ["block_sparse", "vmoba", "agent", "moa", "moa_decode", "mip", "routed_heads", "bam"], False) == cases
+    assert (
+        chosen(cases, ["block_sparse", "vmoba", "agent", "moa", "moa_decode", "mip", "routed_heads", "bam"], False)
+        == cases
+    )
     assert {case.suite for case in chosen(cases, ["vmoba"], False)} == {"vmoba"}
     with pytest.raises(ValueError, match="no case begins so; there are .*hunyuan"):
         chosen(cases, ["hunyian"], False)

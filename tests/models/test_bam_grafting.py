@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import attn_plugins
 from attn_plugins.models.bam.attention import ExpertOutput
@@ -122,6 +123,24 @@ def test_patch_puts_them_in_and_unpatch_takes_them_out():
     with attn_plugins.patched(base, "bam", experts=others):
         assert error(base(ids()).logits, wanted) > 1e-3
     assert torch.equal(base(ids()).logits, wanted) and "is not patched" in attn_plugins.summary(base)
+
+
+def test_it_is_not_saved_and_says_what_to_do(tmp_path):
+    """No class loads what it would write: wide attentions in a dense model's folder."""
+    base = dense("llama")
+    before = set(vars(base))
+    attn_plugins.patch(base, "bam", experts=[expert(base, 1)])
+    for one in (base, copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
+        with pytest.raises(
+            ValueError, match=r"cannot be loaded again; call attn_plugins.unpatch\(model, 'bam'\) first"
+        ):
+            one.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        attn_plugins.unpatch(one)
+        one.save_pretrained(tmp_path / "dense")
+    assert set(vars(base)) == before
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert error(loaded(ids()).logits, base(ids()).logits) < CLOSE
 
 
 def test_patches_over_it_come_out_first_and_under_it_are_refused():

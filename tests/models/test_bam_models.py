@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import attn_plugins
 from attn_plugins.models import bam
+from attn_plugins.models.bam import modeling_attn_plugins_bam
 from tests.support.bam import MODES, NAMES, dense, error, ids, mixture, routers
 
 ROOT = Path(attn_plugins.__file__).resolve().parent.parent
@@ -150,6 +152,28 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model", trust_re
 import attn_plugins
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")).__name__)"""
     assert python(code, tmp_path) == [CLASS, CLASS]
+
+
+def test_the_file_that_loads_it_is_pushed_along(monkeypatch):
+    """Of the Hub there is a stand-in: what would be uploaded."""
+    import huggingface_hub
+
+    uploaded = {}
+
+    def create_commit(self, repo_id, operations, **options):
+        for operation in operations:
+            uploaded[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    info = type("RepoUrl", (), {"repo_id": "someone/mixture"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_branch", lambda self, *args, **options: None)
+    model = mixture("llama")
+    model.push_to_hub("someone/mixture")
+    assert {"config.json", "model.safetensors", "modeling_attn_plugins_bam.py"} <= uploaded.keys()
+    told = json.loads(uploaded["config.json"])["auto_map"]["AutoModelForCausalLM"]  # file.class
+    assert told == f"modeling_attn_plugins_bam.{CLASS}"
+    assert uploaded["modeling_attn_plugins_bam.py"] == Path(modeling_attn_plugins_bam.__file__).read_bytes()
 
 
 def test_classes_are_found_by_name_and_pickled():

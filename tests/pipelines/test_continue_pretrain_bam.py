@@ -191,3 +191,89 @@ def test_what_is_told() -> None:
     assert "| btx | 2,000 | 2.12 | 2.34 | -0.4500 ± 0.0980 |" in told.table()
     assert f"| {DENSE} | 1,000 | 4.48 | 2.72 | - |" in told.table()
     assert any("specialists 3 steps, mixtures and dense 1 steps of 2 rows; 2 held-out" in s for s in told.sentences())
+
+
+SMALL = {
+    "--steps": 2, "--branch-steps": 2, "--start-steps": 2, "--batch": 2, "--held-out": 4, "--size": 32,
+    "--save-every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attn_plugins.training import classifying
+
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    monkeypatch.setattr(classifying, "SMALL", {**classifying.SMALL, **tiny})
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+
+
+def see(out: Path) -> dict[str, Any]:
+    accelerate.state.AcceleratorState._reset_state(True)
+    told = [str(part) for option in SMALL.items() for part in option]
+    load_example("continue_pretrain_bam").main(["--vision", "--out", str(out), *told])
+    return json.loads((out / "pretrained.json").read_text())
+
+
+def test_experts_of_a_vision_transformer(
+    tmp_path: Path, tiny_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = see(tmp_path / "out")
+    experts = ["expert: digits", "expert: photographs"]
+    mixtures = [row for name in MIXTURES for row in (f"{name}, untrained", name)]
+    assert (
+        list(found["held_out"]) == [SEED, *experts, *mixtures, DENSE, DENSE_LONG] and found["unit"] == "cross-entropy"
+    )
+    values = [tuple(domains[domain]) for domains in found["held_out"].values() for domain in ("digits", "photographs")]
+    assert all(len(items) == 4 for items in values) and len(set(values)) == len(values)
+    assert all(len(rows) in (1, 2) for domains in found["routers"].values() for rows in domains.values())
+    assert (tmp_path / "out" / "pretrained.png").read_bytes()[:4] == b"\x89PNG"
+    trained = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bam_expert_kv")
+    start = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "bam_expert_kv" / "start")
+    assert type(trained).__name__ == "AttnPluginsBamViTForImageClassification"
+    assert list(trained.config.id2label.values())[9:11] == ["9", "astronaut"] and trained.config.num_labels == 20
+    moved = {name for name, weight in trained.state_dict().items() if not torch.equal(weight, start.state_dict()[name])}
+    assert {name for name in start.state_dict() if "router" in name} <= moved
+    output = capsys.readouterr().out
+    assert "2 steps of 2 pictures; 4 held-out pictures of each domain" in output
+    cells = next(line for line in output.splitlines() if line.startswith(f"| {SEED} |")).split("|")
+    assert all(len(cell.strip().split(".")[1]) == 3 for cell in cells[3:5])  # losses, not perplexities
+
+
+def test_pictures_and_a_model_of_ones_own(tmp_path: Path, tiny_pictures: None) -> None:
+    """Labels are the model's by name; a class that both domains have is one."""
+    from PIL import Image
+
+    from attn_plugins.pipelines.tuning.picture_domains import picture_domains
+
+    for domain, classes in {"city": ("car", "cat"), "farm": ("cat", "cow")}.items():
+        for number, name in enumerate(classes):
+            (tmp_path / domain / name).mkdir(parents=True)
+            for picture in range(2):
+                Image.new("RGB", (20, 20), (90 * number, 90 * picture, 0)).save(
+                    tmp_path / domain / name / f"{picture}.png"
+                )
+
+    def model(folder: str, *names: str) -> str:
+        told = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = transformers.ViTConfig(**sizes, image_size=32, **told)
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / folder)
+        return str(tmp_path / folder)
+
+    domains = {name: [tmp_path / name] for name in ("city", "farm")}
+    start: Any = lambda task: task.load  # noqa: E731
+    tasks = picture_domains(model("four", "cow", "dog", "cat", "car"), domains, size=32, start=start)
+    assert [int(tasks["city"].held_out(number)[1]) for number in range(2)] in ([3, 2], [2, 3])
+    assert {int(tasks["farm"].held_out(number)[1]) for number in range(2)} == {2, 0}
+    assert tasks["city"].losses(tasks["city"].load(), tasks["city"].batch(range(2), 0)).shape == (2,)
+    three = picture_domains(model("three", "x", "y", "z"), domains, size=32, start=start)
+    assert {int(three["farm"].held_out(number)[1]) for number in range(2)} == {1, 2}  # car, cat, cow, in order
+    new = picture_domains(None, domains, size=32, start=start)["city"].load()
+    assert list(new.config.id2label.values()) == ["car", "cat", "cow"]
+    with pytest.raises(ValueError, match=r"tells 2 classes, and the pictures have 3 .*\(car, ...\)"):
+        picture_domains(model("two", "x", "y"), domains, size=32, start=start)
+    for odd in ({"city": [tmp_path / "city"]}, {**domains, "two": []}):
+        with pytest.raises(ValueError, match="give two or more, each with one folder of folders"):
+            picture_domains(None, odd, size=32, start=start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from attn_plugins.pipelines import upcycle_bam
 from attn_plugins.pipelines.cli import app
 from attn_plugins.pipelines.upcycle.options import UpcycleSettings
+from attn_plugins.pipelines.upcycle.writer import alone
 from tests.pipelines.test_upcycle import settings
 from tests.support.bam import dense, saved
 
@@ -59,6 +61,30 @@ def test_another_tokenizer_is_refused_and_another_padding_is_not(told, tmp_path)
     upcycle_bam.plan(told)
     (tmp_path / "expert-1" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 1, "b": 0}}}))
     refused(told, tmp_path, ValueError, "tokenizer.json differs from")
+
+
+@pytest.mark.parametrize(
+    ("file", "one", "same", "other"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "model": {"merges": ["a b", "c d"]}, "added_tokens": []}',
+         '{"model": {"merges": [["a", "b"], ["c", "d"]]}}', '{"model": {"merges": ["c d", "a b"]}}'),
+        ("vocab.json", '{"a": 0, "b": 1}', '{\n  "b": 1,\n  "a": 0\n}\n', '{"a": 1, "b": 0}'),
+        ("merges.txt", "#version: 0.2\na b\nc d\n", "a b\r\nc d", "c d\na b\n"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_is_compared_by_what_it_says(told, tmp_path, file, one, same, other):
+    (tmp_path / "expert-0" / file).write_text(one)
+    (tmp_path / "expert-1" / file).write_text(same)
+    upcycle_bam.plan(told)
+    (tmp_path / "expert-1" / file).write_text(other)
+    refused(told, tmp_path, ValueError, f"{file} differs from")
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"model": 3}'])
+def test_a_tokenizer_that_cannot_be_read_is_refused(told, tmp_path, damaged):
+    (tmp_path / "expert-0" / "tokenizer.json").write_text("{}")
+    (tmp_path / "expert-1" / "tokenizer.json").write_text(damaged)
+    refused(told, tmp_path, ValueError, "expert-1/tokenizer.json cannot be read")
 
 
 def test_identical_experts_are_refused_without_the_flag(told, tmp_path):
@@ -149,6 +175,45 @@ def test_two_runs_at_once_do_not_write_the_same_files(told, tmp_path, begun):
 
 def interrupted(what, amount):
     raise KeyboardInterrupt
+
+
+def test_a_run_that_comes_when_another_has_just_finished_is_told(tmp_path, monkeypatch):
+    """It had opened the folder before it got its name, and waited no longer than that."""
+    fcntl = pytest.importorskip("fcntl")
+    work = tmp_path / "out.unfinished"
+    work.mkdir()
+    monkeypatch.setattr(fcntl, "flock", lambda held, how: work.rename(tmp_path / "out"))
+    with pytest.raises(ValueError, match="another run has finished there"), alone(work):
+        pass
+
+
+def test_all_is_on_the_disk_before_the_mixture_has_its_name(told, tmp_path, monkeypatch):
+    flushed, named = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(file):
+        flushed.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def renamed(source, target):
+        if Path(target) == tmp_path / "out":
+            named.extend(path.name for path in [*Path(source).iterdir(), Path(source)])
+            assert {path.stat().st_ino for path in [*Path(source).iterdir(), Path(source)]} <= flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    upcycle_bam.upcycle(told, tmp_path / "out", shard=20_000)
+    assert {"config.json", "model.safetensors.index.json", "upcycle.json"} <= set(named)
+
+
+def test_a_home_is_found(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = UpcycleSettings.of({"base_model": "~/expert-0", "experts": [{"source_model": "~/expert-1"}]})
+    assert (read.base_model, read.experts[0].source) == (told.base_model, told.experts[0].source)
+    assert read.experts[0].name == "expert-1" and upcycle_bam.plan(read).report.experts == ("base", "expert-1")
+    with pytest.raises(ValueError, match="base_model='~nobody-of-that-name/x'"):
+        UpcycleSettings.of({"base_model": "~nobody-of-that-name/x", "experts": [{"source_model": "a"}]})
 
 
 def test_a_tensor_that_is_not_there_is_refused(told, tmp_path):

@@ -139,6 +139,26 @@ def _references(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@stage("bam.md")
+def _mixtures(folder: Path) -> dict[str, Any]:
+    from torch.nn.functional import cross_entropy
+
+    from tests.support import bam
+
+    base = bam.dense("llama")
+    bam.mixture("llama").save_pretrained(folder / "mixture")
+    ids = bam.ids()
+    return {
+        "model": base, "code_model": bam.expert(base, 1), "prose_model": bam.expert(base, 2),
+        "cross_entropy": cross_entropy, "batch": {"input_ids": ids, "labels": ids},
+    }  # fmt: skip
+
+
+@stage("continue_tuning.md")
+def _clips(folder: Path) -> dict[str, Any]:
+    return {"pipe": small_wan(), "clips": [(torch.zeros(1, 3, 9, 32, 32), "a cat")], "folder": folder}
+
+
 @stage("trained-agent.md")
 def _classifier(folder: Path) -> dict[str, Any]:
     """A small classifier in the place of the hub's."""

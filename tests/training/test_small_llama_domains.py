@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from attn_plugins.training.small_llama import corpus
@@ -39,6 +41,23 @@ def test_docstrings_are_prose_and_all_else_is_code() -> None:
     assert sorted(prose.split("\n\n")) == [
         "A class.", "A method,\nof two lines.", "Its second paragraph.", "The module.",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "prose"),
+    [
+        ('def f(): "Doc."\nx = 1\n', "def f(): ...\nx = 1\n", "Doc."),
+        ('def f(): "Doc."; go()  # kept\n', "def f(): go()  # kept\n", "Doc."),
+        ('class Ä(Error): """Ü\n    doc."""  # kept\n', "class Ä(Error): ...  # kept\n", "Ü\ndoc."),
+        ('def f():\n    """Doc."""; go()\n    stay()\n', "def f():\n    go()\n    stay()\n", "Doc."),
+        ('class A:\n    "Doc."\n\nx = 1\n', "class A:\n    ...\nx = 1\n", "Doc."),
+        ('"""Doc."""; import os\n', "import os\n", "Doc."),
+        ('"""Doc."""\n', "\n", "Doc."),
+    ],
+)
+def test_what_stands_beside_a_docstring_stays_code(source: str, code: str, prose: str) -> None:
+    assert parted(source) == (code, prose)
+    ast.parse(code)
 
 
 @pytest.mark.parametrize("odd", ["\f", "\v", "\x1c", "\x85", "\u2028"])

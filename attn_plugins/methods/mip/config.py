@@ -24,7 +24,10 @@ class MIPConfig(MethodConfig):
         null_bias: a column for what belongs to no reference: at 0 it is as strong as a name that is everywhere alike,
             at -2 weaker. None: none, as in the paper: every position takes from the references.
         checkpoint: file of a MIP checkpoint (.bin or .safetensors), for its `text_to_weight`, which diffusers drops
-            when it loads the rest; a path, or owner/name/path of a file on the Hub. None: training-free.
+            when it loads the rest; a path, or owner/name/path of a file on the Hub. None: training-free. A list: one
+            for each adapter, of plain ones None; one file alone is for all adapters.
+        train: make `text_to_weight` a weight of each layer, to be trained: from `checkpoint`, else zeros, which change
+            nothing. `handle.named_weights()` gives them.
         backend: "auto", "cpu", "triton" or "reference".
     """
 
@@ -34,6 +37,7 @@ class MIPConfig(MethodConfig):
     temperature: float = 1.0
     null_bias: float | None = None
     checkpoint: Any = None
+    train: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -45,7 +49,7 @@ class MIPConfig(MethodConfig):
                 raise ValueError(f"phrases={list(phrases)}: a phrase is empty; name what its image shows")
         object.__setattr__(self, "phrases", phrases)
         if self.checkpoint is not None:
-            object.__setattr__(self, "checkpoint", str(self.checkpoint))
+            self._check_checkpoint()
         self._check_photos()
         scales = self.scales if isinstance(self.scales, tuple) else (self.scales,)
         if len(scales) not in (1, len(phrases)) or not all(isinstance(scale, numbers.Real) for scale in scales):
@@ -54,8 +58,21 @@ class MIPConfig(MethodConfig):
             raise ValueError(f"temperature={self.temperature!r}: give a positive number (1 is the paper)")
         if self.null_bias is not None and not isinstance(self.null_bias, numbers.Real):
             raise ValueError(f"null_bias={self.null_bias!r}: give a number, or None for no background column")
+        if not isinstance(self.train, bool):
+            raise ValueError(f"train={self.train!r}: give true or false")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: legal are {', '.join(BACKENDS)}")
+
+    def _check_checkpoint(self) -> None:
+        several = isinstance(self.checkpoint, tuple)
+        given = self.checkpoint if several else (self.checkpoint,)
+        if several and (self.train or not any(one is not None for one in given)):
+            raise ValueError(
+                f"checkpoint={list(given)}: a list has a file for each adapter (None of plain ones), at least one; "
+                "train=True takes one file for all"
+            )
+        paths = tuple(None if one is None else str(one) for one in given)
+        object.__setattr__(self, "checkpoint", paths if several else paths[0])
 
     def _check_photos(self) -> None:
         if self.photos is None:

@@ -11,6 +11,7 @@ from attn_plugins.method import AttentionCall, Method, MethodConfig, Processor, 
 from attn_plugins.methods.mip.checkpoint import read_text_weights
 from attn_plugins.methods.mip.config import MIPConfig
 from attn_plugins.ops import weighted_merge
+from attn_plugins.ops.weighted_merge import text_gate
 from attn_plugins.references import ReferenceProcessor, References
 from attn_plugins.sequence import Sequence
 
@@ -23,10 +24,15 @@ class MIPProcessor(ReferenceProcessor):
 
     def __post_init__(self) -> None:
         self.phrases, self.photos = self.config.phrases, self.config.images
+        self.trains = self.config.train
 
     def text_weights(self, widths: list[int]) -> list[torch.Tensor] | None:
         path = self.config.checkpoint
-        return None if path is None else read_text_weights(path, widths)
+        if not isinstance(path, tuple):
+            return None if path is None else read_text_weights(path, widths)
+        zeros = [torch.zeros(width) for width in widths]  # of a plain adapter: its t is 1
+        each = [zeros if one is None else read_text_weights(one, widths) for one in path]
+        return [torch.stack([row.float() for row in rows]) for rows in zip(*each, strict=True)]
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         given, config = References.of(call), self.config
@@ -35,9 +41,12 @@ class MIPProcessor(ReferenceProcessor):
             image_lengths=given.image_lengths,
             scales=tuple(a * b for a, b in zip(given.scales, config.strengths, strict=True)),
             text_weight=given.text_weight, temperature=config.temperature, masks=given.masks,
-            null_bias=config.null_bias, scale=call.scale, return_weights=True, backend=config.backend,
+            null_bias=config.null_bias, scale=call.scale, phrase_q=given.phrase_q, return_weights=True,
+            backend=config.backend,
         )  # fmt: skip
         if call.watch is not None:
+            if call.watch.gated and given.text_weight is not None:
+                weights = weights * text_gate(given.text_out, given.text_weight)
             call.watch.take(weights, call.sequence)
         return out
 

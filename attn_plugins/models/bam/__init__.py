@@ -1,6 +1,7 @@
 """BAM, branch-attend-mix: N dense models of one architecture as one mixture (arXiv 2408.08274).
 
-After `import attn_plugins`, `AutoModelForCausalLM` loads what `attn-plugins upcycle` wrote. The classes are named
+After `import attn_plugins`, `AutoModelForCausalLM` (of pictures: `AutoModelForImageClassification`) loads what
+`attn-plugins upcycle` wrote. The classes are named
 AttnPluginsBam<Architecture><Part>: `AttnPluginsBamLlamaForCausalLM`, `AttnPluginsBamPhiConfig`, ...
 """
 
@@ -22,7 +23,7 @@ def named_class(name: str) -> Any:
     from attn_plugins.models.bam import config
 
     for row in ARCHITECTURES.values():
-        for part in ("Config", "Model", "ForCausalLM", "Attention", row.layer):
+        for part in ("Config", "Model", row.head, "Attention", row.layer):
             if name == row.class_name(part):
                 if part == "Config":
                     return config.config_class(row)

@@ -23,8 +23,10 @@ class Architecture:
         q_norm, k_norm: norms over a head, where it may have those.
         up: the projections into a feed-forward's width: a gate and another, or one; down: the one out of it.
         parallel: attention and feed-forward stand side by side.
+        head: the rest of the class name of the model with its head; pictures are told apart, text is gone on with.
         head_bias: the output head has a bias. head_settings: what its class takes over from the config.
-        file_names: tensors that files call otherwise than the model does, (model's, file's).
+        numbered: an attention is told which layer it is of.
+        file_names: parts of tensors' names that files spell otherwise than the model does, (model's, file's), in order.
     """
 
     name: str
@@ -42,8 +44,10 @@ class Architecture:
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     parallel: bool = False
+    head: str = "ForCausalLM"
     head_bias: bool = False
     head_settings: tuple[str, ...] = ()
+    numbered: bool = True
     file_names: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -51,12 +55,30 @@ class Architecture:
         """Of the mixture."""
         return f"attn_plugins_bam_{self.name}"
 
+    @property
+    def auto(self) -> str:
+        """The Auto class that loads the model with its head."""
+        return f"AutoModel{self.head}"
+
+    @property
+    def vision(self) -> bool:
+        """It reads pictures: no cache, no tokenizer, and attention to all that is there."""
+        return self.head == "ForImageClassification"
+
+    def spellings(self, name: str) -> list[str]:
+        """What a tensor of the dense model may be called in a file: as in the model, with old names, without the head's
+        prefix."""
+        old = name
+        for ours, theirs in self.file_names:
+            old = old.replace(ours, theirs)
+        return [spelt for one in (name, old) for spelt in (one, one.removeprefix(f"{self.body}."))]
+
     def class_name(self, part: str) -> str:
-        """Of the mixture: part is Config, Model, ForCausalLM, ..."""
+        """Of the mixture: part is Config, Model, its head, ..."""
         return f"AttnPluginsBam{self.prefix}{part}"
 
     def dense_class(self, part: str) -> Any:
-        """A class of transformers: Config, Model, ForCausalLM, Attention, or this architecture's layer."""
+        """A class of transformers: Config, Model, Attention, or this architecture's layer or head."""
         kind = "configuration" if part == "Config" else "modeling"
         module = importlib.import_module(f"transformers.models.{self.name}.{kind}_{self.name}")
         return getattr(module, self.prefix + part)
@@ -81,6 +103,16 @@ ARCHITECTURES = {
         Architecture(
             "phi", "Phi", o="dense", q_norm="q_layernorm", k_norm="k_layernorm", up=("fc1",), down="fc2", parallel=True,
             head_bias=True,
+        ),
+        Architecture(
+            "vit", "ViT", body="vit", attention="attention", layer="Layer", up=("fc1",), down="fc2",
+            head="ForImageClassification", numbered=False,
+            file_names=(
+                ("layers.", "encoder.layer."), ("attention.q_proj", "attention.attention.query"),
+                ("attention.k_proj", "attention.attention.key"), ("attention.v_proj", "attention.attention.value"),
+                ("attention.o_proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                ("mlp.fc2", "output.dense"),
+            ),
         ),
     )
 }  # fmt: skip

@@ -73,11 +73,11 @@ class BamAttention(nn.Module):
     """Stands before an architecture's attention class in the bases of a class made for it (`model.part_class`)."""
 
     architecture: Architecture
-    num_key_value_groups: int
+    num_key_value_groups: int = 1  # of an architecture that knows no shared keys
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
         row, experts = self.architecture, config.num_experts
+        super().__init__(*((config, layer_idx) if row.numbered else (config,)))
         heads, kv_heads, head_dim = heads_of(config)
         shared = config.attention_experts == "shared_kv"
         self.widen(experts, shared)
@@ -108,6 +108,21 @@ class BamAttention(nn.Module):
         """As the architecture's; the weights of `output_attentions` have all N H heads."""
         heads, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self.mix(heads, hidden_states), weights
+
+
+def grouped_attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+) -> tuple[torch.Tensor, Any]:
+    """Attention by the implementation that the model has, for architectures whose own forward knows no shared keys.
+
+    q (B, N H, S, D), k and v (B, H, S', D) -> heads (B, S, N H, D), and the weights where there are any.
+    """
+    from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+
+    implementation = module.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)  # it repeats KV heads
+    dropout = module.attention_dropout if module.training else 0.0
+    return attend(module, q, k, v, mask, scaling=module.scaling, dropout=dropout, **kwargs)
 
 
 def _norm_of_heads(norm: Any, heads: int, head_dim: int) -> nn.Module:

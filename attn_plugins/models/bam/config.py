@@ -98,10 +98,10 @@ def _register_models(row: Architecture) -> None:
     """The model classes, when a config is made: no model is loaded without one, and no modeling is imported before."""
     if row.name in _registered:
         return
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
     from attn_plugins.models.bam.model import part_class
 
     _registered.add(row.name)
-    AutoModel.register(config_class(row), part_class(row, "Model"), exist_ok=True)
-    AutoModelForCausalLM.register(config_class(row), part_class(row, "ForCausalLM"), exist_ok=True)
+    transformers.AutoModel.register(config_class(row), part_class(row, "Model"), exist_ok=True)
+    getattr(transformers, row.auto).register(config_class(row), part_class(row, row.head), exist_ok=True)

@@ -51,7 +51,7 @@ def graft_experts(model: Any, experts: Sequence[Any], *, attention: str = "all_p
     """Put the attentions of `experts` beside the model's own, mixed by `softmax(W x)` (arXiv 2408.08274, section 3.1).
 
     Args:
-        model: a dense causal language model of an architecture that BAM mixes.
+        model: a dense model of an architecture that BAM mixes.
         experts: models of the same architecture and sizes, on any device; their weights are copied.
         attention: "all_params", or "shared_kv" for queries and outputs of each, keys and values the mean of all.
         seed: of the routers; the global random state is not drawn from.

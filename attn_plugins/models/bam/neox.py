@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attn_plugins.models.bam.architectures import heads_of
-from attn_plugins.models.bam.attention import BamAttention
+from attn_plugins.models.bam.attention import BamAttention, grouped_attention
 
 
 class SharedNeoXAttention(BamAttention):
@@ -40,7 +40,6 @@ class SharedNeoXAttention(BamAttention):
                 position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
         from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
-        from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
         config: Any = self.config
         q, k, v = (
@@ -50,8 +49,5 @@ class SharedNeoXAttention(BamAttention):
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
-        # Llama's, not NeoX's own: that one does not repeat KV heads.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        heads, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        heads, weights = grouped_attention(self, q, k, v, attention_mask, **kwargs)
         return self.mix(heads.flatten(2), hidden_states), weights

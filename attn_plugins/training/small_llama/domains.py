@@ -41,7 +41,21 @@ def parted(source: str) -> tuple[str, str]:
         text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
         if text:
             prose.append(text)
-            first = node.body[0]  # type: ignore[attr-defined]
-            for line in range(first.lineno - 1, first.end_lineno):
-                lines[line] = ""
+            _cut(lines, node.body, isinstance(node, ast.Module))  # type: ignore[attr-defined]
     return "\n".join(line for line in lines if line.strip()) + "\n", "\n\n".join(prose)
+
+
+def _cut(lines: list[str], body: list[ast.stmt], whole: bool) -> None:
+    """Take a docstring, the first of a body, out of the lines. What stands beside it (`def f(): "doc"; go()`) stays,
+    and a body of nothing else becomes `...`, unless it is the `whole` module's: what is left is code.
+    """
+    node = body[0]
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    # Columns are of UTF-8 bytes.
+    before = lines[first].encode()[: node.col_offset].decode()
+    rest = lines[last].encode()[node.end_col_offset :].decode().strip().removeprefix(";").strip()
+    for line in range(first, last + 1):
+        lines[line] = ""
+    alone = len(body) == 1 and not whole
+    if rest or alone:
+        lines[first] = before + "  ".join(part for part in ("..." if alone else "", rest) if part)

@@ -11,7 +11,7 @@ from attn_plugins.training.tasks.task import Task
 
 
 class MixedTask(Task):
-    """Tasks of language models on the same model; item n is of task n modulo their number.
+    """Tasks on the same model; item n is of task n modulo their number. Batches are tensors, or tuples of some.
 
     Raises:
         ValueError: no tasks, or of different units.
@@ -27,7 +27,10 @@ class MixedTask(Task):
         return self.tasks[0].load()
 
     def batch(self, numbers: range, seed: int) -> Any:
-        return torch.cat([self._of(number).batch(self._own(number), seed) for number in numbers])
+        items = [self._of(number).batch(self._own(number), seed) for number in numbers]
+        if isinstance(items[0], torch.Tensor):
+            return torch.cat(items)
+        return tuple(torch.cat(parts) for parts in zip(*items, strict=True))
 
     def held_out(self, number: int) -> Any:
         return self._of(number).held_out(number // len(self.tasks))
