@@ -109,7 +109,8 @@ def main() -> None:
         torch.set_num_threads(1)
     tokens = (1024,) if arguments.quick else (1024, 4096)
     cases = list(itertools.product(("prefill", "decode"), tokens, DTYPES, (False, True)))
-    write_rows(cases, lambda case: measure(*case, 1.0 if arguments.quick else 3.0, arguments.busy), arguments.out)
+    seconds = {"prefill": 1.0, "decode": 1.0} if arguments.quick else {"prefill": 3.0, "decode": 10.0}
+    write_rows(cases, lambda case: measure(*case, seconds[case[0]], arguments.busy), arguments.out)
 
 
 if __name__ == "__main__":
