@@ -64,7 +64,7 @@ bench: $(READY)
 
 # The tests of all models write which of them passed; README.md and docs/models.md are made of that.
 matrix: $(READY)
-	$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/patches --models=docs/models.json --write-models
+	EVERY_PAIR=1 $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/patches --models=docs/models.json --write-models
 	$(BIN)/python tools/matrix.py
 
 # Every Triton kernel compiled for every target, without a GPU: minutes.
