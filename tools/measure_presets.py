@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attn_plugins import presets  # noqa: E402
+from attn_plugins.pipelines.benching.machine import commit  # noqa: E402
 from attn_plugins.pipelines.demo_model import load_pipeline, prompt  # noqa: E402
 from attn_plugins.pipelines.tuner.candidates import Single  # noqa: E402
 from attn_plugins.pipelines.tuner.diffusion import Call, DiffusionSubject  # noqa: E402
-from attn_plugins.pipelines.tuner.files import commit, machine  # noqa: E402
+from attn_plugins.pipelines.tuner.files import machine  # noqa: E402
 from attn_plugins.pipelines.tuner.outcomes import measure  # noqa: E402
 
 METHOD, PRESET = "gna", "moving_digits"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attn_plugins.patching import patch
+from attn_plugins.pipelines.comparing.runs import quiet
 from attn_plugins.pipelines.stopwatch import Dense, now
 from attn_plugins.pipelines.tuner.subject import (
     Probe,
@@ -107,18 +108,3 @@ class DiffusionSubject(Subject):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-@contextlib.contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own bar off, and as it was afterwards."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if before is not None:
-            pipe._progress_bar_config = before
-        else:
-            pipe.__dict__.pop("_progress_bar_config", None)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.util
-import platform
-import subprocess
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attn_plugins import recipe
+from attn_plugins.pipelines.benching.machine import commit, describe
 from attn_plugins.pipelines.tuner.outcomes import Outcome, applied
 from attn_plugins.pipelines.tuner.plans import Plan
+from attn_plugins.pipelines.tuner.subject import Subject
 
 if TYPE_CHECKING:
     from attn_plugins.pipelines.tune import TuneResult
@@ -47,7 +48,7 @@ def evidence(result: TuneResult) -> dict[str, Any]:
     return {
         "model": type(result.subject.obj).__name__,
         "grid": list(result.subject.grid),
-        "tokens": [_tokens(result), _tokens(result)],
+        "tokens": [math.prod(result.subject.grid)] * 2,
         "density": None if chosen.density is None else round(chosen.density, 4),
         "speedup": round(chosen.speedup, 3),
         "loss": {"name": result.subject.loss_name, "mean": _rounded(chosen.loss), "half_of_95": _rounded(chosen.half)},
@@ -59,20 +60,12 @@ def evidence(result: TuneResult) -> dict[str, Any]:
     }
 
 
-def machine(subject: Any) -> str:
+def machine(subject: Subject) -> str:
     """The device's name, and the threads of a CPU."""
     if subject.device.type == "cuda":
         return torch.cuda.get_device_name(subject.device)
-    return f"{_cpu()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """Of the checkout that this runs from; "" where it is installed."""
-    asked = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    about = describe()
+    return f"{about['cpu']}, {about['threads']} threads"
 
 
 def draw(result: TuneResult, path: Path) -> Path:
@@ -115,8 +108,10 @@ def _csv(result: TuneResult, path: Path) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("set", *COLUMNS))
-        for name, rows in (("validation", result.validation), ("test", result.tested)):
-            for one in rows if rows is not result.validation or name == "validation" else ():
+        # without cases to test on, what was tested is the validation itself
+        tested = [one for one in result.tested if one not in result.validation]
+        for name, rows in (("validation", result.validation), ("test", tested)):
+            for one in rows:
                 foreseen = one.foreseen or ("", "")
                 numbers = (one.speedup, one.loss, one.half, one.density, *foreseen)
                 cells = [f"{value:.6g}" if isinstance(value, float) else value for value in numbers]
@@ -132,20 +127,5 @@ def _share(value: float | None) -> str:
     return "?" if value is None else f"{value:.0%}"
 
 
-def _tokens(result: TuneResult) -> int:
-    tokens = 1
-    for size in result.subject.grid:
-        tokens *= size
-    return tokens
-
-
 def _rounded(value: float) -> float | None:
     return None if value == float("inf") else float(f"{value:.4g}")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ class Plan:
     rows: tuple[Mapping[str, Any], ...]
     speedup: float
     loss: float
-    density: float = field(default=1.0)
 
 
 def options_of(profile: Profile, weights: np.ndarray, *, has_steps: bool) -> list[list[Option]]:
@@ -122,7 +121,7 @@ def _best(options: list[Option]) -> list[Option]:
 
 def _rows(subject: Subject, profile: Profile, taken: list[Option]) -> tuple[dict[str, Any], ...]:
     """A row for each setting that some places share."""
-    family = subject.targets[0].family.name  # type: ignore[attr-defined]
+    family = subject.targets[0].family.name
     shared: dict[str, dict[str, Any]] = {}
     for place, option in zip(profile.places, taken, strict=True):
         if not option.columns:

@@ -58,6 +58,8 @@ def measure(
         tick: called after each forward.
     """
     known = _read(path)
+    # another model, prompt or size in the same folder has other outputs, and so other keys
+    marks = [f"{probe.at:.4f} {float(probe.dense.double().square().sum()):.12e}" for probe in probes]
     dense = _dense_seconds(subject, probes, tick)
     shape = (len(probes), len(subject.places), len(candidates))
     error, seconds = np.full(shape, np.nan), np.full((*shape[1:], len(probes)), np.nan)
@@ -69,7 +71,7 @@ def measure(
             if candidate.label not in whole[members[0].kind]:
                 continue
             for number, probe in enumerate(probes):
-                key = "|".join((*names, candidate.label, f"{probe.at:.4f}"))
+                key = "|".join((*names, candidate.label, marks[number]))
                 if key not in known:
                     known[key] = _one(subject, candidate, names, probe)
                     _write(path, known)

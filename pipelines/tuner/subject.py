@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attn_plugins.method import SiteKind
+from attn_plugins.targets import Target
 
 Tick = Callable[[str], None]
 
@@ -48,7 +49,7 @@ class Subject(ABC):
     """A model or pipeline that is tuned.
 
     Attributes:
-        obj: what `patch` takes.
+        obj: what `patch` takes. targets: its models that can be patched. device: where they run.
         places: the sites that methods may have, in order.
         grid: tokens per axis of its calls, (N,) of a text; known after the first `record`.
         loss_name: what `loss` is, in words.
@@ -56,6 +57,8 @@ class Subject(ABC):
     """
 
     obj: Any
+    targets: list[Target]
+    device: torch.device
     places: tuple[Place, ...]
     grid: tuple[int, ...]
     loss_name: str
@@ -129,7 +132,7 @@ def heads_of(module: nn.Module) -> int | None:
     return None
 
 
-def places_of(targets: Sequence[Any]) -> tuple[Place, ...]:
+def places_of(targets: Sequence[Target]) -> tuple[Place, ...]:
     """The sites of some targets (targets.find), each name once: a pipeline's two transformers are tuned alike."""
     found: dict[str, Place] = {}
     for target in targets:

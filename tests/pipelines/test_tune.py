@@ -161,6 +161,9 @@ def test_a_profile_goes_on_where_it_stopped(
     monkeypatch.setattr(profile, "_one", lambda *_: pytest.fail("measured again"))
     again = profile.measure(subject, WINDOWS, probes, path=tmp_path / "profile.json")
     assert np.array_equal(again.error, first.error) and np.array_equal(again.seconds, first.seconds)
+    _, others = subject.record(call("a dog", 1), 2)  # another prompt in the same folder is measured anew
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        profile.measure(subject, WINDOWS, others, path=tmp_path / "profile.json")
 
 
 def test_the_error_of_a_place_is_that_of_patching_it(subject: DiffusionSubject) -> None:
