@@ -21,9 +21,9 @@ A file says:
         layers: [0, 1]                     # optional: indices of the layers to patch
         evidence, source, tiling: ...      # optional: where they differ from the file's
         window: ...                        # everything else is an option of the method
-    measured:                              # optional, by `tools/measure_presets.py`: on the model itself, a row a size
+    measured:                              # optional, by `tools/preset_evidence.py` from tunings: a row a model and size
       safe | balanced | fast:
-      - {tokens: 4096, density: 0.25, speedup: 1.4, loss: 0.2, machine: ..., torch: ..., commit: ..., date: ...}
+      - {model: ..., tokens: 4096, density: 0.25, speedup: 1.4, loss: 0.2, half: 0.1, cases: 9, machine: ..., ...}
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _OPTIONAL = {
 }  # fmt: skip
 _OF_QUALITY = ("dense_steps", "layers", "evidence", "source", "tiling")
 # of a measured row: tokens of the grid, share of the pairs, times faster (whole runs), and against dense with the same
-# seed the relative L2 of the last latents, or the KL of a language model
+# seed the relative L2 of the last latents, or the KL of a language model, with half of its 95 % interval over the cases
 MEASURED = {
-    "tokens": int, "density": float, "speedup": float, "loss": float, "machine": str, "torch": str, "commit": str,
-    "date": str,
+    "model": str, "tokens": int, "density": float, "speedup": float, "loss": float, "half": float, "cases": int,
+    "machine": str, "torch": str, "commit": str, "date": str,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Preset:
     """One quality of one file. `options` are keyword options of the method, `dense_steps` one share of the schedule or
-    two."""
+    two, `of_one_model`: the file names values that the model's config must have."""
 
     name: str
     title: str
@@ -72,12 +72,14 @@ class Preset:
     tiling: Mapping[str, Any] | None = None
     notes: str = ""
     measured: tuple[Mapping[str, Any], ...] = ()
+    of_one_model: bool = False
 
     @property
     def measured_tokens(self) -> tuple[int, int] | None:
-        """Tokens of the least and the largest grid that it was measured at."""
+        """Tokens of the least and the largest grid that it was measured at. None where it was measured on one model
+        and is for many: other sizes are then what it is for."""
         sizes = [row["tokens"] for row in self.measured]
-        return (min(sizes), max(sizes)) if sizes else None
+        return (min(sizes), max(sizes)) if sizes and self.of_one_model else None
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _quality(where: str, name: str, data: dict[str, Any], quality: str) -> Prese
         name, data["title"], data["method"], quality, options, dense_steps, evidence, row.get("source", data["source"]),
         None if layers is None else tuple(layers), data.get("min_tokens", 0),
         row.get("tiling", data.get("tiling")), data.get("notes", ""), _measured(where, data, quality),
+        "match" in data,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from attn_plugins.pipelines import markdown
 from attn_plugins.pipelines.benching import columns, environment, machine, plots, table
 from attn_plugins.pipelines.benching.backends import flash_attention, registry, sdpa
 from attn_plugins.pipelines.benching.contest import Budget, Contest, Outcome, contest
@@ -35,7 +36,6 @@ from attn_plugins.pipelines.comparing.measure_files import can_plot
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 QUICK = (1024, 2048)
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Say = Callable[[str], None]
 
 
@@ -172,11 +172,11 @@ def write_table(rows: Sequence[Row], out: Path) -> Path:
 def draw(out: Path, page: Path | None = None) -> list[Path]:
     """Table and plots of a file, made from it alone; without matplotlib the table. Returns what was written.
 
-    `page`: a Markdown page that has the lines `BEGIN` and `END`, to put the tables between; the plots then go into its
-    folder's `pictures`.
+    `page`: a Markdown page with markers of "bench" (markdown.fill), to put the tables between; the plots then go into
+    its folder's `pictures`.
 
     Raises:
-        ValueError: no such file, one with other columns than today's, or a page without these lines.
+        ValueError: no such file, one with other columns than today's, or a page without these markers.
     """
     if not out.is_file():
         raise ValueError(f"{out}: no such file; measure first, with --out {out}")
@@ -185,12 +185,10 @@ def draw(out: Path, page: Path | None = None) -> list[Path]:
     if page is None:
         written = [write_table(rows, out)]
     else:
-        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise ValueError(f"{page}: it has no lines {BEGIN} and {END} to put the tables between")
-        page.write_text(f"{before}{begin}\n{table.markdown(rows, level=3)}{end}{after}", encoding="utf-8")
-        written, stem = [page], page.parent / "pictures" / stem.name
+        written, stem = (
+            [markdown.fill(page, "bench", table.markdown(rows, level=3))],
+            page.parent / "pictures" / stem.name,
+        )
     return [*written, *(plots.write(rows, stem) if can_plot() else [])]
 
 

@@ -23,7 +23,7 @@ PACKAGES = {
     "accelerate": "no device_map and no offload; the training examples do not run",
     "peft": "no LoRA",
     "safetensors": "weights of methods cannot be saved or loaded",
-    "scipy": "no search under a budget (moa-search)",
+    "scipy": "no search under a budget (tune, moa-search)",
     "scikit-learn": "no handwritten digits to train on",
     "matplotlib": "no plots; tables and CSV files are written",
     "natten": "ops.neighborhood_attention; DiNAT runs with attn_plugins.patches.natten",

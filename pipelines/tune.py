@@ -6,22 +6,41 @@
 
 A dense run gives forwards; each candidate's error and time at each place are measured in them (tuner/profile.py), what
 an error at some step does to the end in a few runs more (tuner/steps.py); an integer program chooses for every budget
-of time (tuner/plans.py); its plans and every preset of a single method are then run on cases that nothing was fitted to
-(tuner/outcomes.py), and the best of them all is taken. What is reported is measured on a third set of cases.
+of time (tuner/plans.py). Every preset of a single method runs on other cases (tuner/outcomes.py), and what they lose
+there scales the profile's errors (tuner/corrections.py); the program's plans run beside them, and the best of them all
+is taken. What is reported is measured on a third set of cases.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import datetime
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.pipelines.tuner import outcomes, plans, profile, steps
-from attn_plugins.pipelines.tuner.candidates import candidates, methods_for, on_head_groups, singles
+import torch
+
+import attn_plugins
+from attn_plugins.pipelines.benching.machine import commit
+from attn_plugins.pipelines.tuner import corrections, outcomes, plans, profile, steps
+from attn_plugins.pipelines.tuner.candidates import (
+    Candidate,
+    Single,
+    candidates,
+    methods_for,
+    on_head_groups,
+    singles,
+)
+from attn_plugins.pipelines.tuner.files import machine
+from attn_plugins.pipelines.tuner.memory import Memory, mark
 from attn_plugins.pipelines.tuner.outcomes import Budget, Outcome
-from attn_plugins.pipelines.tuner.subject import Subject, Tick
+from attn_plugins.pipelines.tuner.plans import Plan
+from attn_plugins.pipelines.tuner.subject import Probe, Subject, Tick
+
+SAME = 1e-3  # error of a forward that is run again: GPUs add in another order
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,7 @@ class TuneSettings:
         head_groups: runs of heads that may differ within a layer, for methods that can (gna).
         parts: of the schedule, whose weight is measured by a run each.
         plans: how many of the front's plans are run.
+        all_presets: report every preset, not those alone that no other beats.
     """
 
     methods: tuple[str, ...] | None = None
@@ -43,16 +63,19 @@ class TuneSettings:
     head_groups: int = 1
     parts: int = 3
     plans: int = 6
+    all_presets: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("probes", "head_groups", "parts", "plans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        for name in ("probes", "groups", "head_groups", "parts", "plans"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give 1 or more")
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """`validation`: all that ran, `tested`: those worth it on the last cases. `chosen` is of `tested`."""
+    """`validation`: all that ran, `tested`: those worth it on the last cases. `chosen` is of `tested`, `met` what it is
+    there. `about`: the machine, versions, commit and date of the measurements."""
 
     subject: Subject
     budget: Budget
@@ -61,6 +84,7 @@ class TuneResult:
     tested: tuple[Outcome, ...]
     validation: tuple[Outcome, ...]
     failed: tuple[str, ...]
+    about: Mapping[str, Any]
 
     def save(self, folder: Path) -> list[Path]:
         """Write recipe.yaml, front.csv and, with matplotlib, front.png."""
@@ -86,56 +110,113 @@ def tune(
         calibration: one case of the subject: what the profile is made of.
         validation: cases that choose among plans and presets.
         test: cases that are reported; () reports the validation, which is then a little too good.
-        folder: where the profile is kept as it grows; a run that is started again there goes on.
+        folder: where what was measured is kept (measured.jsonl); a run that is started again there goes on.
         progress: show a bar.
 
     Raises:
-        ValueError: no cases to choose by, a model that is patched, or no method that takes its layers.
+        ValueError: no cases to choose by, a model that is patched, or whose forwards give something else when they are
+            run again, no method that takes its layers, a folder with numbers of another machine or version.
+        ImportError: no SciPy.
     """
     settings, budget = settings or TuneSettings(), budget or Budget()
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("the tuner chooses by SciPy's optimisers: pip install scipy")
     if not validation:
         raise ValueError("validation is empty: give at least one case to choose by")
     _check_plain(subject)
     methods = methods_for(subject, settings.methods)
     if not methods:
         raise ValueError("no registered method takes the layers of this model without training")
+    memory = Memory(None if folder is None else _made(folder) / "measured.jsonl", about(subject))
     with _ticker(progress) as stage:
         tick = stage("dense run", None)
         dense, probes = subject.record(calibration, settings.probes)
+        job = memory.of(f"job|{mark(dense.result)}", lambda: [dense.seconds])[0] or dense.seconds
+        _check_again(subject, probes)
         tick("dense")
         tried = candidates(subject, methods)
         tried += on_head_groups(subject, tried, settings.head_groups)
         total = profile.forwards(subject.places, len(tried), len(probes), settings.groups)
-        path = None if folder is None else _made(folder) / "profile.json"
-        found = profile.measure(subject, tried, probes, groups=settings.groups, path=path, tick=stage("profile", total))
+        found = profile.measure(
+            subject, tried, probes, groups=settings.groups, memory=memory, tick=stage("profile", total)
+        )
         weights = steps.weights(
-            subject, found, calibration, dense, parts=settings.parts,
+            subject, found, calibration, dense, parts=settings.parts, memory=memory,
             tick=stage("steps", settings.parts if subject.has_steps else None),
         )  # fmt: skip
-        front = _thinned(plans.front(subject, found, weights, dense.seconds, dense.forwards), settings.plans)
-        whats = [*front, *singles(subject, methods)]
-        tick = stage("validation", outcomes.runs(len(whats), len(validation)))
-        seen, failed = outcomes.measure(subject, whats, validation, tick)
+        presets = singles(subject, methods)
+        tick = stage("validation: presets", outcomes.runs(len(presets), len(validation)))
+        seen, failed = outcomes.measure(subject, presets, validation, tick, memory)
+        scaled = corrections.scaled(found, corrections.scales(subject, found, weights, seen))
+        front = plans.front(subject, scaled, weights, job, dense.forwards, budget.faster)
+        front = _thinned(front, settings.plans, budget)
+        tick = stage("validation: plans", outcomes.runs(len(front), len(validation)))
+        more, missed = outcomes.measure(subject, front, validation, tick, memory)
+        seen, failed = [*more, *seen], [*missed, *failed]
         if not seen:
             raise ValueError(f"no setting could run: {'; '.join(failed)}")
-        chosen, met = budget.best(seen)
         tested = seen
         if test:
-            presets = [one for one in seen if not one.tuned]
-            worth = [*outcomes.best_of(seen), *outcomes.best_of(presets), chosen]
-            worth += [budget.best(presets)[0]] if presets else []
-            again = list({one.label: one.what for one in worth}.values())
+            again = _reported(seen, budget, settings.all_presets)
             tick = stage("test", outcomes.runs(len(again), len(test)))
-            tested, _ = outcomes.measure(subject, again, test, tick)
-            chosen = next(one for one in tested if one.what is chosen.what)
-    return TuneResult(subject, budget, chosen, met, tuple(tested), tuple(seen), tuple(failed))
+            tested, missed = outcomes.measure(subject, again, test, tick, memory)
+            failed += missed
+            if not tested:
+                raise ValueError(f"no setting could run on the last cases: {'; '.join(missed)}")
+    # what chooses is the validation: the last cases report alone
+    there = {one.what for one in tested}
+    what = budget.best([one for one in seen if one.what in there])[0].what
+    chosen = next(one for one in tested if one.what is what)
+    failed += [f"{one.label}: {found.reasons[one.label]}" for one in _nowhere(found)]
+    return TuneResult(
+        subject, budget, chosen, budget.meets(chosen), tuple(tested), tuple(seen), tuple(failed), memory.about
+    )  # fmt: skip
 
 
-def _thinned(front: list[Any], count: int) -> list[Any]:
-    """`count` of a front, both ends among them."""
+def about(subject: Subject) -> dict[str, Any]:
+    """Where and with what is measured: what a recipe's evidence says of it."""
+    weights = next(subject.targets[0].root.parameters())
+    return {
+        "machine": machine(subject), "torch": str(torch.__version__), "dtype": str(weights.dtype),
+        "version": attn_plugins.__version__, "commit": commit(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _check_again(subject: Subject, probes: Sequence[Probe]) -> None:
+    """Forwards of the dense run must give the same once more, or all errors are of something else."""
+    for probe in probes:
+        off = subject.error(subject.again(probe), probe.dense)
+        if not off < SAME:
+            raise ValueError(
+                f"a forward of the dense run gives something else when it is run again (off by {off:.2g}): a cache of "
+                "features, or an adapter with a state of its own, must be turned off while tuning"
+            )
+
+
+def _nowhere(found: profile.Profile) -> list[Candidate]:
+    """Candidates that stand in no place, and whose reason is known."""
+    return [
+        one for column, one in enumerate(found.candidates) if one.label in found.reasons and not found.taken(column)
+    ]
+
+
+def _reported(seen: Sequence[Outcome], budget: Budget, all_presets: bool) -> list[Plan | Single]:
+    """What runs on the last cases: what no other beats, and what it stands beside."""
+    presets = [one for one in seen if not one.tuned]
+    worth = [*outcomes.best_of(seen), *(presets if all_presets else outcomes.best_of(presets)), budget.best(seen)[0]]
+    worth += [budget.best(presets)[0]] if presets else []
+    return list({one.label: one.what for one in worth}.values())
+
+
+def _thinned(front: list[Plan], count: int, budget: Budget) -> list[Plan]:
+    """`count` of a front: the one that should meet the budget, and others spread evenly, both ends among them."""
     if len(front) <= count:
         return front
-    return [front[round(place * (len(front) - 1) / max(count - 1, 1))] for place in range(count)]
+    wanted = budget.nearest(front)
+    spread = {round(place * (len(front) - 1) / max(count - 1, 1)) for place in range(count)}
+    if wanted not in spread:
+        spread.remove(min(spread, key=lambda place: abs(place - wanted)))
+    return [front[place] for place in sorted({*spread, wanted})]
 
 
 def _made(folder: Path) -> Path:

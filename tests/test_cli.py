@@ -147,7 +147,8 @@ def test_demo_writes_its_table_and_pictures(tmp_path):
         assert word in text, f"{word!r} is missing from the tables"
     assert re.search(r"PSNR +│ equal", text), "dense against dense with one seed is the noise floor"
     written = {path.name for path in (tmp_path / "pictures").iterdir()} - {"demo_gna_steps.png"}
-    assert written == {"demo_gna.gif", "demo_gna.png", "demo_gna_layers.csv", "demo_gna_steps.csv"}
+    reports = {f"demo.{kind}" for kind in ("html", "csv", "json")}
+    assert written == {"demo_gna.gif", "demo_gna.png", "demo_gna_layers.csv", "demo_gna_steps.csv", *reports}
     plotted = (tmp_path / "pictures" / "demo_gna_steps.png").exists()
     assert plotted == can_plot() and ("it needs matplotlib" in text) != plotted
 

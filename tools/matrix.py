@@ -19,6 +19,7 @@ from attn_plugins import presets, registry
 from attn_plugins.method import Method
 from attn_plugins.patches import families as package
 from attn_plugins.patches.family import Family
+from attn_plugins.pipelines.markdown import filled, table
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MODELS, GREEN = ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "models.json"
@@ -30,12 +31,6 @@ GROUPS = {
     "video_unet": "Video UNets", "language": "Language models", "vision_language": "Vision-language models",
     "vision": "Vision transformers",
 }  # fmt: skip
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; a bar inside a cell is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def linked(paper: str) -> str:
@@ -114,18 +109,6 @@ def models_page() -> str:
                 rows.append([family.title, classes, *(cell(method, family) for method in methods), family.notes])
         parts += [f"## {title}", table(["models", "classes", *(f"`{m.name}`" for m in methods), "notes"], rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def filled(text: str, name: str, content: str) -> str:
-    """`text` with what stands between the markers of `name` replaced.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README.md has no markers <!-- {name}:begin --> and <!-- {name}:end -->")
-    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -67,7 +67,7 @@ def demo(
 ) -> None:
     """The embedded video model, dense and patched, same seed: the table, and pictures side by side."""
     from attn_plugins.pipelines.compare import compare as run
-    from attn_plugins.pipelines.comparing import measure_files, pictures
+    from attn_plugins.pipelines.comparing import report_files
     from attn_plugins.pipelines.demo_model import load_pipeline, prompt, to_frames
 
     _use(threads)
@@ -79,9 +79,8 @@ def demo(
         pipe, method, call_kwargs=arguments, seeds=seed or [0], options=settings, to_frames=to_frames,
         measure_rows=measures, progress=True,
     )  # fmt: skip
-    name = f"demo_{method}"
     _tell(found)
-    _tell_files([*pictures.write(found, out, name), *measure_files.write(found, out, name)])
+    _tell_files(report_files.write("demo", [found], out))
 
 
 def compare(
@@ -210,7 +209,7 @@ def _tell_files(paths: Sequence[Path]) -> None:
     for path in paths:
         screen.print(f"wrote {path}", markup=False, soft_wrap=True)
     if not can_plot():
-        screen.print("no plot of the steps: it needs matplotlib (pip install 'attn-plugins[plots]')", markup=False)
+        screen.print("no plot of the steps: it needs matplotlib (pip install matplotlib)", markup=False)
 
 
 def _table(title: str, rows: Sequence[tuple[Any, ...]]) -> Table:

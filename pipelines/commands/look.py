@@ -100,7 +100,10 @@ def preset_table(files: Iterable[presets.PresetFile]) -> Table:
 
 def evidence(row: presets.Preset) -> str:
     """Where a preset's numbers come from, and what it gained and cost where that was measured."""
-    found = [f"{one['speedup']:.2f}x, loss {one['loss']:.2g} at {one['tokens']:,} tokens" for one in row.measured]
+    found = [
+        f"{one['speedup']:.2f}x, loss {one['loss']:.2g} on {one['model']} at {one['tokens']:,} tokens"
+        for one in row.measured
+    ]
     return "; ".join([row.evidence, *found])
 
 

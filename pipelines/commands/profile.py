@@ -114,7 +114,7 @@ def _tell(one: Profile, inputs: Inputs, keep: float, folder: Path, check: bool) 
     for path in written:
         say(f"wrote {path}")
     if not plots.can_plot():
-        say("no pictures: they need matplotlib (pip install 'attn-plugins[plots]')")
+        say("no pictures: they need matplotlib (pip install matplotlib)")
 
 
 def _bar(total: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from attn_plugins.pipelines.commands.app import console
 from attn_plugins.pipelines.commands.values import options as read_options
 
 DIGITS = ("37", "58", "12", "90", "46", "21", "85")  # prompts of the embedded video model
-ROWS = 10
+SEEDS, TOKENS, ROWS = 3, 4096, 10
 
 
 def register(app: typer.Typer) -> None:
@@ -28,19 +28,22 @@ def tune(
     lose: Annotated[float | None, typer.Option(help="Loss that may not be exceeded, instead of --faster.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompts; several times, the more the better.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each prompt that is reported.", min=1)] = 3,
+    seeds: Annotated[int | None, typer.Option(help="Seeds of each prompt that is reported. Default 3.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a run; default: the pipeline's.", min=2)] = None,
     argument: Annotated[
         list[str] | None, typer.Option("--argument", "-a", help="Argument of the pipeline's call: height=512.")
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text for a language model; several times.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a row of text.", min=64)] = 4096,
-    rows: Annotated[int, typer.Option(help="Rows of text in all.", min=4)] = ROWS,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a row of text. Default 4096.", min=64)] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of text in all. Default 10.", min=4)] = None,
     method: Annotated[list[str] | None, typer.Option(help="Methods to try; default: all that can be.")] = None,
     probes: Annotated[int, typer.Option(help="Forwards in which candidates are measured.", min=1)] = 3,
     groups: Annotated[int | None, typer.Option(help="Runs of layers that share a choice; default: none do.")] = None,
     head_groups: Annotated[int, typer.Option(help="Runs of heads that may differ (gna).", min=1)] = 1,
     plans: Annotated[int, typer.Option(help="Plans of the front that are run.", min=1)] = 6,
+    all_presets: Annotated[
+        bool, typer.Option("--all-presets", help="Report every preset, not the best alone.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's own choice.", min=0)] = 0,
@@ -58,16 +61,23 @@ def tune(
 
     budget = Budget(faster, lose)
     settings = TuneSettings(
-        tuple(method) if method else None, probes=probes, groups=groups, head_groups=head_groups, plans=plans
-    )
+        tuple(method) if method else None, probes=probes, groups=groups, head_groups=head_groups, plans=plans,
+        all_presets=all_presets,
+    )  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     place = loading.locate(model)
-    loaded = loading.load(place, device, dtype)
+    of_pipelines = {"prompt": prompt, "prompts": prompts, "seeds": seeds, "steps": steps, "argument": argument}
+    of_language = {"text": text, "tokens": tokens, "rows": rows}
     if place.kind == "pipeline":
-        subject, cases = _pipeline(loaded, list(prompt or ()), prompts, seeds, steps, read_options(argument or []))
+        _refuse(of_language, "language models", model)
+        found = _prompts(bool(place.embedded), prompt or (), prompts)
+        loaded = loading.load(place, device, dtype)
+        subject, cases = _pipeline(loaded, found, seeds or SEEDS, steps, read_options(argument or []))
     elif place.kind == "language":
-        subject, cases = _language(loaded, list(text or ()), tokens, rows)
+        _refuse(of_pipelines, "pipelines", model)
+        loaded = loading.load(place, device, dtype)
+        subject, cases = _language(loaded, list(text or ()), tokens or TOKENS, rows or ROWS)
     else:
         raise ValueError(f"{model} is an image classifier: tune takes pipelines and causal language models")
     out_to = console()
@@ -85,23 +95,33 @@ def tune(
     out_to.print(f'attn_plugins.patch(obj, "{out / "recipe.yaml"}")', markup=False, soft_wrap=True)
 
 
-def _pipeline(
-    loaded: Any, given: list[str], file: Path | None, seeds: int, steps: int | None, arguments: dict[str, Any]
-) -> tuple[Any, Any]:
+def _refuse(options: Mapping[str, Any], whose: str, model: str) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of {whose}, which {model} is not")
+
+
+def _prompts(embedded: bool, given: Sequence[str], file: Path | None) -> list[str]:
+    """What to draw, each once; the embedded model has digits of its own."""
     from attn_plugins.pipelines.comparing.inputs import prompts
+
+    found = prompts(given, file, "")
+    if found == [""] and not embedded:
+        raise ValueError("give prompts: --prompt '...' several times, or --prompts FILE with one a line")
+    return list(DIGITS) if found == [""] else found
+
+
+def _pipeline(
+    loaded: Any, found: list[str], seeds: int, steps: int | None, arguments: dict[str, Any]
+) -> tuple[Any, Any]:
+    from attn_plugins.pipelines.demo_model import prompt as digits
     from attn_plugins.pipelines.tuner.cases import of_prompts
     from attn_plugins.pipelines.tuner.diffusion import DiffusionSubject
 
     call: Callable[[str], Mapping[str, Any]]
     if loaded.place.embedded:
-        from attn_plugins.pipelines.demo_model import prompt as digits
-
-        known = {"steps": steps or 20, **arguments}
-        found, call = list(given or DIGITS), lambda text: digits(text, **known)
+        call = lambda text: digits(text, **{"steps": steps or 20, **arguments})  # noqa: E731
     else:
-        found = prompts(given, file, "")
-        if found == [""]:
-            raise ValueError("give prompts: --prompt '...' several times, or --prompts FILE with one a line")
         length = {} if steps is None else {"num_inference_steps": steps}
         call = lambda text: {"prompt": text, **length, **arguments}  # noqa: E731
     return DiffusionSubject(loaded.obj), of_prompts(found, seeds, call)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attn_plugins.pipelines.comparing.comparison import Comparison
     from attn_plugins.pipelines.comparing.language_comparison import LanguageComparison
 
-NO_PLOTS = "no plots: they need matplotlib (pip install 'attn-plugins[plots]')"
+NO_PLOTS = "no plots: they need matplotlib (pip install matplotlib)"
 
 
 def png(figure: Figure) -> bytes:

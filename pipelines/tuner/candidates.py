@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attn_plugins import presets, registry
 from attn_plugins.method import Method
-from attn_plugins.patching import patch
-from attn_plugins.pipelines.tuner.subject import Place, Subject
+from attn_plugins.pipelines.tuner import rows
+from attn_plugins.pipelines.tuner.subject import Subject
 from attn_plugins.targets import find
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A setting of a method. `heads`: the query heads that have it (`of`: it for all), the others dense; None: all."""
 
@@ -47,6 +46,19 @@ class Single:
     @property
     def settings(self) -> dict[str, Any]:
         return {"method": self.method, "quality": self.quality, "preset": self.preset}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All that says what runs, in plain values: what the preset holds today."""
+        row = next(row for row in presets.available(self.method) if row.name == self.preset).at(self.quality)
+        told = {"options": dict(row.options), "layers": row.layers, "dense_steps": row.dense_steps}
+        return {**self.settings, **told, "min_tokens": row.min_tokens}
+
+    @property
+    def steps(self) -> tuple[float, float]:
+        """Shares of the schedule that stay dense, at its start and its end."""
+        share = self.told["dense_steps"]
+        return share if isinstance(share, tuple) else (share, 0.0)
 
 
 def methods_for(subject: Subject, names: Collection[str] | None = None) -> list[Method]:
@@ -86,8 +98,7 @@ def candidates(subject: Subject, methods: Iterable[Method]) -> list[Candidate]:
     methods = list(methods)
     found: dict[tuple[str, Any], Candidate] = {}
     for single in singles(subject, methods):
-        row = next(row for row in presets.available(single.method) if row.name == single.preset)
-        _add(found, Candidate(single.method, single.label, dict(row.at(single.quality).options)))
+        _add(found, Candidate(single.method, single.label, single.told["options"]))
     for method in methods:
         for kind in sorted({place.kind for place in subject.places} & method.sites):
             for options in method.ladder(kind, subject.grid):
@@ -98,38 +109,36 @@ def candidates(subject: Subject, methods: Iterable[Method]) -> list[Candidate]:
 
 
 def on_head_groups(subject: Subject, found: Iterable[Candidate], groups: int) -> list[Candidate]:
-    """Each candidate for each of `groups` runs of heads alone, where all places have as many and the method can."""
-    heads = {place.heads for place in subject.places}
-    count = heads.pop() if len(heads) == 1 else None
-    if groups < 2 or count is None or count % groups:
+    """Each candidate for each of `groups` runs of heads alone, where the method can.
+
+    Raises:
+        ValueError: layers whose heads are not as many in each, or cannot be shared out among so many groups.
+    """
+    if groups < 2:
         return []
+    heads = {place.heads for place in subject.places}
+    count = next(iter(heads))
+    if len(heads) > 1 or count is None or count % groups:
+        told = ", ".join(sorted(map(str, heads)))
+        raise ValueError(
+            f"head_groups={groups}: the layers of this model have {told} heads; give 1, or a divisor of all"
+        )
     size = count // groups
     runs = [tuple(range(start, start + size)) for start in range(0, count, size)]
     return [one for candidate in found for run in runs if (one := candidate.on(run)) is not None]
 
 
-def refused(subject: Subject, candidate: Candidate, place: Place, probe: Any) -> str | None:
-    """Why a candidate cannot stand at a place, or None: it is patched there, and one forward runs."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            handle = at(subject, candidate, [place.name])
-        try:
-            subject.again(probe)
-        finally:
-            handle.remove()
-    except (ValueError, TypeError, RuntimeError) as error:  # attn_plugins.runtime.Refused is one
-        return str(error).split("\n")[0]
-    return None
-
-
-def at(subject: Subject, candidate: Candidate, names: Collection[str]) -> Any:
-    """The handle of a candidate on some sites, in every step; what it cannot take is an error."""
-    wanted = frozenset(names)
-    return patch(
-        subject.obj, candidate.method, layers=lambda site: site.name in wanted, dense_steps=0, min_tokens=0,
-        strict=True, **candidate.options,
-    )  # fmt: skip
+def at(
+    subject: Subject,
+    candidate: Candidate,
+    names: Iterable[str],
+    dense_steps: Sequence[float] = (0, 0),
+    *,
+    strict: bool = True,
+) -> Any:
+    """The handle of a candidate on some sites. strict: what it cannot take is an error."""
+    one = rows.row(subject, candidate.method, candidate.options, dense_steps, names)
+    return rows.patched(subject, [one], strict=strict)
 
 
 def _add(found: dict[tuple[str, Any], Candidate], candidate: Candidate) -> None:
@@ -138,4 +147,5 @@ def _add(found: dict[tuple[str, Any], Candidate], candidate: Candidate) -> None:
 
 
 def _told(value: Any) -> str:
-    return "x".join(f"{item:g}" for item in value) if isinstance(value, (list, tuple)) else str(value)
+    plain = isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    return "x".join(f"{item:g}" for item in value) if plain else str(value)

@@ -64,13 +64,20 @@ class DiffusionSubject(Subject):
         probes: list[Probe] = []
         number = [0]
 
-        def after(root: Any, args: Any, kwargs: Any, output: Any) -> None:
+        given: list[Any] = []
+
+        def before(root: Any, args: Any, kwargs: Any) -> None:
+            given[:] = [kept(args), kept(kwargs)] if number[0] in wanted else []
+
+        def after(root: Any, args: Any, output: Any) -> None:
             if number[0] in wanted:
                 at = (number[0] + 0.5) / total
-                probes.append(Probe(root, kept(args), kept(kwargs), at, first_tensor(output).detach().clone()))
+                probes.append(Probe(root, given[0], given[1], at, first_tensor(output).detach().clone()))
             number[0] += 1
 
-        hooks = [target.root.register_forward_hook(after, with_kwargs=True) for target in self.targets]
+        roots = [target.root for target in self.targets]
+        hooks = [root.register_forward_pre_hook(before, with_kwargs=True) for root in roots]
+        hooks += [root.register_forward_hook(after) for root in roots]
         try:
             # a patch that stays dense reads the grid: nothing else knows how
             with patch(self.obj, Dense(), min_tokens=0) as handle:
@@ -80,7 +87,9 @@ class DiffusionSubject(Subject):
             for hook in hooks:
                 hook.remove()
         known = [sequence.grid for sequence in sequences if sequence is not None]
-        self.grid = tuple(size for size in max(known, key=math.prod, default=()))
+        self.grid = tuple(max(known, key=math.prod, default=()))
+        steps = getattr(self.obj, "num_timesteps", None)
+        self.steps = steps if isinstance(steps, int) and steps > 0 else None
         return ran, probes
 
     def loss(self, result: torch.Tensor, dense: torch.Tensor) -> float:

@@ -1,9 +1,8 @@
-"""What a tuning leaves: the recipe with its evidence, the front as CSV, Markdown and a picture."""
+"""What a tuning leaves: the recipe with its evidence, the front as CSV and as a picture."""
 
 from __future__ import annotations
 
 import csv
-import datetime
 import importlib.util
 import math
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_plugins import recipe
-from attn_plugins.pipelines.benching.machine import commit, describe
+from attn_plugins.pipelines.benching.machine import describe
 from attn_plugins.pipelines.tuner.outcomes import Outcome, applied
 from attn_plugins.pipelines.tuner.plans import Plan
-from attn_plugins.pipelines.tuner.subject import Subject
+from attn_plugins.pipelines.tuner.subject import Subject, name_of
 
 if TYPE_CHECKING:
     from attn_plugins.pipelines.tune import TuneResult
@@ -46,17 +45,14 @@ def evidence(result: TuneResult) -> dict[str, Any]:
     """What a recipe says of where it comes from, in plain values."""
     chosen = result.chosen
     return {
-        "model": type(result.subject.obj).__name__,
+        "model": name_of(result.subject.obj),
         "grid": list(result.subject.grid),
         "tokens": [math.prod(result.subject.grid)] * 2,
         "density": None if chosen.density is None else round(chosen.density, 4),
         "speedup": round(chosen.speedup, 3),
         "loss": {"name": result.subject.loss_name, "mean": _rounded(chosen.loss), "half_of_95": _rounded(chosen.half)},
         "cases": len(chosen.losses),
-        "machine": machine(result.subject),
-        "torch": str(torch.__version__),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **{name: result.about[name] for name in ("machine", "torch", "commit", "date")},
     }
 
 
@@ -99,7 +95,7 @@ def draw(result: TuneResult, path: Path) -> Path:
 def _recipe(result: TuneResult, path: Path) -> Path:
     what = result.chosen.what
     if isinstance(what, Plan):
-        return recipe.write_rows([dict(row) for row in what.rows], path, evidence(result))
+        return recipe.write_rows(what.told, path, evidence(result))
     with applied(result.subject, what) as handle:
         return handle.save(path, evidence(result))
 

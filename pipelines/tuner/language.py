@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,26 +26,43 @@ class LanguageSubject(Subject):
         self.places = places_of(self.targets)
         self.device = next(model.parameters()).device
         self.grid = ()
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
     def run(self, case: torch.Tensor) -> Ran:
         """case: ids (N,)."""
-        ids = case[None].to(self.device)
         start = now(self.device)
-        logits = self.obj(input_ids=ids, use_cache=False).logits[0]
+        logits = self.obj(**self._given(case)).logits[0]
         seconds = now(self.device) - start
-        return Ran(_foreseen(logits), seconds, 1)
+        return Ran(self._foreseen(logits), seconds, 1)
 
     def record(self, case: torch.Tensor, count: int) -> tuple[Ran, list[Probe]]:
-        """count: parts of nothing: one forward is all that there is."""
+        """count: parts of nothing: one forward is all that there is.
+
+        Raises:
+            ValueError: a row that is longer than the model has positions.
+        """
+        most = getattr(self.obj.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(case) > most:
+            raise ValueError(f"rows of {len(case):,} tokens: this model has positions for {most:,}; give shorter ones")
+        self.run(case)  # the first one is slow
         ran = self.run(case)
         self.grid = (len(case),)
-        kwargs = {"input_ids": case[None].to(self.device), "use_cache": False}
-        return ran, [Probe(self.obj, (), kwargs, 0.5, ran.result)]
+        return ran, [Probe(self.obj, (), self._given(case), 0.5, ran.result)]
 
     def again(self, probe: Probe) -> torch.Tensor:
         with torch.no_grad():
-            return _foreseen(first_tensor(probe.root(**probe.kwargs).logits)[0])
+            return self._foreseen(first_tensor(probe.root(**probe.kwargs).logits)[0])
+
+    def _given(self, case: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a forward; where the model can, of the logits those alone that are looked at."""
+        given = {"input_ids": case[None].to(self.device), "use_cache": False}
+        return given | ({"logits_to_keep": _positions(len(case)).to(self.device)} if self._keeps else {})
+
+    def _foreseen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (positions, vocabulary) of a forward's logits (N or positions, vocabulary)."""
+        kept = logits if self._keeps else logits[_positions(len(logits)).to(logits.device)]
+        return kept.float().log_softmax(-1)
 
     def loss(self, result: torch.Tensor, dense: torch.Tensor) -> float:
         return float((dense.exp() * (dense - result)).sum(-1).mean())
@@ -53,8 +71,6 @@ class LanguageSubject(Subject):
         return max(self.loss(output, dense), 0.0)
 
 
-def _foreseen(logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (positions, vocabulary) of a row's logits (N, vocabulary), the positions thinned out evenly."""
-    tokens = logits.shape[0]
-    at = torch.linspace(0, tokens - 1, min(POSITIONS, tokens)).long()
-    return logits[at.to(logits.device)].float().log_softmax(-1)
+def _positions(tokens: int) -> torch.Tensor:
+    """Up to POSITIONS places of a row, spread evenly."""
+    return torch.linspace(0, tokens - 1, min(POSITIONS, tokens)).long()

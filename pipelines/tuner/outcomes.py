@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from attn_plugins import recipe, report
 from attn_plugins.patching import patch
+from attn_plugins.pipelines.tuner import rows
 from attn_plugins.pipelines.tuner.candidates import Single
+from attn_plugins.pipelines.tuner.memory import Memory, mark
 from attn_plugins.pipelines.tuner.plans import Plan
-from attn_plugins.pipelines.tuner.subject import Ran, Subject, Tick
+from attn_plugins.pipelines.tuner.subject import Ran, Subject, Tick, sentence
 
 DEFAULT_FASTER = 1.2
+BETWEEN = 6  # runs of settings from one dense run to the next
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A setting over some cases. `losses`, `seconds`: of each; `dense`: seconds of the dense runs beside them.
+    """A setting over some cases. `losses`, `seconds`: of each; `dense`: seconds of the dense run before it.
 
     `foreseen`: (speedup, loss) of a plan, None of a preset. `density`: of the patched sites, dense steps counted as 1.
     """
@@ -48,8 +49,8 @@ class Outcome:
 
     @property
     def speedup(self) -> float:
-        """Of whole runs: dense over patched, medians over the cases."""
-        return statistics.median(self.dense) / statistics.median(self.seconds)
+        """Of whole runs: dense over patched, the median of the cases."""
+        return statistics.median(dense / own for dense, own in zip(self.dense, self.seconds, strict=True))
 
     @property
     def loss(self) -> float:
@@ -86,58 +87,91 @@ class Budget:
         if self.lose is not None and not self.lose > 0:
             raise ValueError(f"lose={self.lose}: a loss above 0, in the units that the report names")
 
+    def meets(self, one: Outcome) -> bool:
+        """Whether an outcome is within the budget; one that is dense throughout, or no faster, meets none."""
+        if one.density == 1 or one.speedup <= 1:
+            return False
+        return one.loss <= self.lose if self.lose is not None else one.speedup >= self.wanted
+
     def best(self, outcomes: Sequence[Outcome]) -> tuple[Outcome, bool]:
         """(the one to take, whether it meets the budget)."""
+        enough = [one for one in outcomes if self.meets(one)]
         if self.lose is not None:
-            within = [one for one in outcomes if one.loss <= self.lose]
-            if within:
-                return max(within, key=lambda one: one.speedup), True
+            if enough:
+                return max(enough, key=lambda one: one.speedup), True
             return min(outcomes, key=lambda one: one.loss), False
-        enough = [one for one in outcomes if one.speedup >= (self.faster or DEFAULT_FASTER)]
         if enough:
             return min(enough, key=lambda one: one.loss), True
         return max(outcomes, key=lambda one: one.speedup), False
 
+    @property
+    def wanted(self) -> float:
+        """The speedup that is asked for; without one and without a loss the default."""
+        return self.faster or DEFAULT_FASTER
+
+    def nearest(self, plans: Sequence[Plan]) -> int:
+        """The place in a front, quickest first, of the plan that should meet it best."""
+        if self.lose is not None:
+            within = [place for place, plan in enumerate(plans) if plan.loss <= self.lose]
+            return within[0] if within else len(plans) - 1
+        enough = [place for place, plan in enumerate(plans) if plan.speedup >= self.wanted]
+        return enough[-1] if enough else 0
+
 
 def measure(
-    subject: Subject, whats: Sequence[Plan | Single], cases: Sequence[Any], tick: Tick = lambda name: None
+    subject: Subject,
+    whats: Sequence[Plan | Single],
+    cases: Sequence[Any],
+    tick: Tick = lambda name: None,
+    memory: Memory | None = None,
 ) -> tuple[list[Outcome], list[str]]:
-    """(outcomes, why some could not run): every setting on every case, a dense run before and after them all."""
-    losses: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    densities: dict[str, float | None] = {}
-    dense: list[float] = []
+    """(outcomes, why some could not run): every setting on every case, a dense run before each few of them.
+
+    memory: what it holds of the same settings and cases is not run again.
+    """
+    memory = memory or Memory()
+    found: dict[str, list[list[float | None]]] = {}
     failed: dict[str, str] = {}
     for case in cases:
-        before = subject.run(case)
+        dense, since = subject.run(case), 0
         tick("dense")
+        at = mark(dense.result)
         for what in whats:
-            if what.label in failed:
-                tick(what.label)
-                continue
-            try:
-                with applied(subject, what) as handle:
-                    ran: Ran = subject.run(case)
-                    densities[what.label] = density(handle)
-            except (ValueError, RuntimeError) as error:
-                failed[what.label] = f"{what.label}: {str(error).splitlines()[0]}"
-            else:
-                losses.setdefault(what.label, []).append(subject.loss(ran.result, before.result))
-                seconds.setdefault(what.label, []).append(ran.seconds)
+            key = f"{what.label}|{mark(what.told)}|{at}"
+            if what.label not in failed:
+                if key not in memory:
+                    if since == BETWEEN:  # what a machine gives changes over minutes
+                        dense, since = subject.run(case), 0
+                    since += 1
+                try:
+                    row = memory.of(key, partial(_ran, subject, what, case, dense))
+                except (ValueError, RuntimeError) as error:
+                    failed[what.label] = f"{what.label}: {sentence(error)}"
+                else:
+                    if row[0] is None:
+                        failed[what.label] = f"{what.label}: gave numbers that are not finite"
+                    found.setdefault(what.label, []).append(row)
             tick(what.label)
-        dense += [before.seconds, subject.run(case).seconds]
-        tick("dense")
-    found = [
-        Outcome(what, tuple(losses[what.label]), tuple(seconds[what.label]), tuple(dense), densities[what.label])
-        for what in whats
-        if what.label not in failed
-    ]
-    return found, list(failed.values())
+    outcomes = []
+    for what in whats:
+        if what.label not in failed:
+            losses, seconds, beside, densities = zip(*found[what.label], strict=True)
+            outcomes.append(Outcome(what, losses, seconds, beside, densities[-1]))
+    return outcomes, list(failed.values())
+
+
+def _ran(subject: Subject, what: Plan | Single, case: Any, dense: Ran) -> list[float | None]:
+    """(loss, seconds, the dense run's, density) of one case with a setting; no loss where it is not finite."""
+    with applied(subject, what) as handle:
+        ran = subject.run(case)
+        loss = subject.loss(ran.result, dense.result)
+        share = rows.density(handle, len(subject.places))
+    return [loss if math.isfinite(loss) else None, ran.seconds, dense.seconds, share]
 
 
 def runs(whats: int, cases: int) -> int:
     """How many ticks `measure` takes."""
-    return cases * (whats + 2)
+    return cases * (whats + 1)
 
 
 def best_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -152,24 +186,13 @@ def best_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
 @contextlib.contextmanager
 def applied(subject: Subject, what: Plan | Single) -> Iterator[Any]:
     """Patched by a plan's recipe or by a preset; calls that stay dense say nothing."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if isinstance(what, Plan):
-            handle = patch(subject.obj, recipe.write_rows([dict(row) for row in what.rows], Path(folder) / "plan.yaml"))
+            handle = rows.patched(subject, what.told)
         else:
             handle = patch(subject.obj, **what.settings)
         try:
             yield handle
         finally:
             handle.remove()
-
-
-def density(handle: Any) -> float | None:
-    """Mean over the patched sites, steps that stay dense counted as 1; None where it cannot be told."""
-    shares = []
-    for row in report.analyse(handle):
-        for group in row.groups:
-            if group.density is None or row.dense_share is None:
-                return None
-            shares += [row.dense_share + (1 - row.dense_share) * group.density] * len(group.names)
-    return statistics.fmean(shares) if shares else None

@@ -1,25 +1,27 @@
 """What each candidate does at each place: its error in a model's own output, and the time that its attention takes.
 
 One place at a time is patched in a forward that a dense run has made before, so that what the rest of the model makes
-of the error is part of it. Kept in a file as it grows; a profile that was cut short goes on where it stopped.
+of the error is part of it. A profile that was cut short goes on where it stopped (tuner/memory.py).
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from attn_plugins.patching import patch
 from attn_plugins.pipelines.stopwatch import Dense, Stopwatch, TimedProcessor, attach
-from attn_plugins.pipelines.tuner.candidates import Candidate, at, refused
-from attn_plugins.pipelines.tuner.subject import Place, Probe, Subject, Tick
+from attn_plugins.pipelines.tuner import rows
+from attn_plugins.pipelines.tuner.candidates import Candidate, at
+from attn_plugins.pipelines.tuner.memory import Memory, mark
+from attn_plugins.pipelines.tuner.subject import Place, Probe, Subject, Tick, sentence
 
 REPEATS = 3  # of the dense forwards: their times are what all others are held against
 
@@ -29,7 +31,7 @@ class Profile:
     """`error` (probes, places, candidates): of one forward with one place patched, nan where it cannot be.
 
     `seconds` (places, candidates), `dense` (places,): of a place's attention, in one forward. `moments` (probes,):
-    where the probes are in a run, 0 to 1.
+    where the probes are in a run, 0 to 1. `reasons`: by label, why a candidate could not stand somewhere.
     """
 
     places: tuple[Place, ...]
@@ -38,6 +40,11 @@ class Profile:
     error: np.ndarray
     seconds: np.ndarray
     dense: np.ndarray
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def taken(self, column: int) -> bool:
+        """Whether a candidate stands anywhere."""
+        return not bool(np.isnan(self.error[:, :, column]).any(axis=0).all())
 
 
 def measure(
@@ -46,7 +53,7 @@ def measure(
     probes: Sequence[Probe],
     *,
     groups: int | None = None,
-    path: Path | None = None,
+    memory: Memory | None = None,
     tick: Tick = lambda name: None,
 ) -> Profile:
     """Profile all candidates.
@@ -54,61 +61,79 @@ def measure(
     Args:
         groups: the places are taken together in so many runs of neighbours, whose members share what is measured, so
             that a deep model takes fewer forwards; None: each by itself.
-        path: of the file; what it holds of the same places and candidates is not measured again.
+        memory: what it holds of the same places, candidates and probes is not measured again.
         tick: called after each forward.
     """
-    known = _read(path)
-    # another model, prompt or size in the same folder has other outputs, and so other keys
-    marks = [f"{probe.at:.4f} {float(probe.dense.double().square().sum()):.12e}" for probe in probes]
-    dense = _dense_seconds(subject, probes, tick)
+    reasons: dict[str, str] = {}
+    memory = memory or Memory()
+    marks = [f"{probe.at:.4f} {mark(probe.dense)}" for probe in probes]
     shape = (len(probes), len(subject.places), len(candidates))
-    error, seconds = np.full(shape, np.nan), np.full((*shape[1:], len(probes)), np.nan)
-    whole = _whole(subject, candidates, probes[0])
+    error, seconds = np.full(shape, np.nan), np.full(shape, np.nan)
+
+    def dense(when: str) -> list[float | None]:
+        return memory.of("|".join(("dense", when, *marks)), lambda: _dense_seconds(subject, probes, tick))
+
+    before = dense("before")
     for members in _runs(subject.places, groups):
         names = [place.name for place in members]
-        rows = [subject.places.index(place) for place in members]
+        indices = [subject.places.index(place) for place in members]
         for column, candidate in enumerate(candidates):
-            if candidate.label not in whole[members[0].kind]:
-                continue
             for number, probe in enumerate(probes):
-                key = "|".join((*names, candidate.label, marks[number]))
-                if key not in known:
-                    known[key] = _one(subject, candidate, names, probe)
-                    _write(path, known)
+                key = "|".join((*names, candidate.label, mark(candidate.options), marks[number]))
+                measured = functools.partial(_one, subject, candidate, names, probe, repeats(len(probes)), reasons)
+                found, time = (math.nan if value is None else value for value in memory.of(key, measured))
                 tick(candidate.label)
-                found, time = known[key]
-                error[number, rows, column] = found / len(rows)
-                seconds[rows, column, number] = time / len(rows)
-    times = np.array([[_median(cell) for cell in row] for row in seconds])
+                if math.isnan(found):
+                    break
+                error[number, indices, column] = found / len(members)
+                seconds[number, indices, column] = time / len(members)
+    unknown = np.isnan(error).any(axis=0)
+    error[:, unknown], seconds[:, unknown] = np.nan, np.nan
+    times = np.array([before, dense("after")], dtype=float).mean(axis=0)
     moments = np.array([probe.at for probe in probes])
-    return Profile(subject.places, tuple(candidates), moments, error, times, dense)
+    return Profile(subject.places, tuple(candidates), moments, error, np.median(seconds, axis=0), times, reasons)
+
+
+def repeats(probes: int) -> int:
+    """Forwards of each cell and probe, so that a time is a median of three: the first of a layer may be slow."""
+    return math.ceil(REPEATS / probes)
 
 
 def forwards(places: Sequence[Place], candidates: int, probes: int, groups: int | None = None) -> int:
     """How many ticks `measure` takes at most."""
-    return len(_runs(places, groups)) * candidates * probes + REPEATS * probes
+    return len(_runs(places, groups)) * candidates * probes + 2 * REPEATS * probes
 
 
-def _one(subject: Subject, candidate: Candidate, names: list[str], probe: Probe) -> tuple[float, float]:
-    """(error, seconds of attention) of one forward; nan where the candidate does not take it."""
+def _one(
+    subject: Subject, candidate: Candidate, names: list[str], probe: Probe, count: int, reasons: dict[str, str]
+) -> tuple[float | None, float | None]:
+    """(error, seconds of attention) of a forward; None, and a reason in `reasons`, where the candidate does not take it
+    or would be dense attention."""
+    watch, times, error = Stopwatch(), [], math.nan
     try:
-        handle = at(subject, candidate, names)
-    except ValueError:
-        return math.nan, math.nan
-    watch = Stopwatch()
-    try:
-        attach(watch, handle)
-        error = subject.error(subject.again(probe), probe.dense)
-    except RuntimeError as refusal:
-        if type(refusal).__name__ != "Refused":
-            raise
-        return math.nan, math.nan
-    finally:
-        handle.remove()
-    return error, watch.seconds
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            handle = at(subject, candidate, names)
+            try:
+                attach(watch, handle)
+                for number in range(count):
+                    output = subject.again(probe)
+                    times.append(watch.lap())
+                    if number == 0:
+                        error = subject.error(output, probe.dense)
+                        if rows.density(handle, len(names)) == 1:
+                            raise ValueError("sees everything at this size")
+            finally:
+                handle.remove()
+        if not math.isfinite(error):
+            raise ValueError("gave numbers that are not finite")
+    except (ValueError, TypeError, RuntimeError) as why:  # runtime.Refused, and a device without memory, are the last
+        reasons.setdefault(candidate.label, sentence(why))
+        return None, None
+    return error, statistics.median(times)
 
 
-def _dense_seconds(subject: Subject, probes: Sequence[Probe], tick: Tick) -> np.ndarray:
+def _dense_seconds(subject: Subject, probes: Sequence[Probe], tick: Tick) -> list[float]:
     """(places,): medians over forwards, each place with a clock of its own."""
     laps: list[list[float]] = [[] for _ in subject.places]
     with patch(subject.obj, Dense(), min_tokens=0) as handle:
@@ -124,17 +149,7 @@ def _dense_seconds(subject: Subject, probes: Sequence[Probe], tick: Tick) -> np.
                 for row, place in enumerate(subject.places):
                     laps[row].append(clocks[place.name].lap())
                 tick("dense")
-    return np.array([statistics.median(row) for row in laps])
-
-
-def _whole(subject: Subject, candidates: Sequence[Candidate], probe: Probe) -> dict[str, set[str]]:
-    """By kind of place: the labels of the candidates that run at the first such place."""
-    found: dict[str, set[str]] = {}
-    for place in subject.places:
-        if place.kind not in found:
-            fitting = [one for one in candidates if refused(subject, one, place, probe) is None]
-            found[place.kind] = {one.label for one in fitting}
-    return found
+    return [statistics.median(row) for row in laps]
 
 
 def _runs(places: Sequence[Place], groups: int | None) -> list[list[Place]]:
@@ -147,21 +162,3 @@ def _runs(places: Sequence[Place], groups: int | None) -> list[list[Place]]:
         else:
             runs.append([place])
     return runs
-
-
-def _median(cells: np.ndarray) -> float:
-    known = [float(cell) for cell in cells if not math.isnan(cell)]
-    return statistics.median(known) if known else math.nan
-
-
-def _read(path: Path | None) -> dict[str, tuple[float, float]]:
-    if path is None or not path.is_file():
-        return {}
-    return {key: (row[0], row[1]) for key, row in json.loads(path.read_text(encoding="utf-8")).items()}
-
-
-def _write(path: Path | None, known: dict[str, tuple[float, float]]) -> None:
-    if path is not None:
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(known), encoding="utf-8")
-        unfinished.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Subject(ABC):
         grid: tokens per axis of its calls, (N,) of a text; known after the first `record`.
         loss_name: what `loss` is, in words.
         has_steps: whether a run is a schedule of steps, of which some may stay dense.
+        steps: of a run, after the first `record`; None where nothing tells.
     """
 
     obj: Any
@@ -63,6 +65,7 @@ class Subject(ABC):
     grid: tuple[int, ...]
     loss_name: str
     has_steps: bool
+    steps: int | None = None
 
     @abstractmethod
     def run(self, case: Any) -> Ran:
@@ -90,14 +93,33 @@ class Subject(ABC):
     @torch.no_grad()
     def again(self, probe: Probe) -> torch.Tensor:
         """What comes of a probe's forward as the model is patched now."""
-        return first_tensor(probe.root(*probe.args, **probe.kwargs))
+        # copies: some models take lists apart that they are given
+        return first_tensor(probe.root(*kept(probe.args), **kept(probe.kwargs)))
+
+
+def sentence(error: Exception) -> str:
+    """The first line of an error, or its name."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """A model's main result: the first tensor of what its forward returns."""
-    while not isinstance(output, torch.Tensor):
-        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return output
+    """A model's main result: the first tensor of what its forward returns.
+
+    Raises:
+        ValueError: there is none, but pictures or arrays.
+    """
+    found = output
+    while not isinstance(found, torch.Tensor):
+        if hasattr(found, "values") and found:
+            found = next(iter(found.values()))
+        elif isinstance(found, (list, tuple)) and found:
+            found = found[0]
+        else:
+            raise ValueError(
+                f"the call gave {type(found).__name__}, not a tensor: tune needs a pipeline whose call knows "
+                'output_type="latent"'
+            )
+    return found
 
 
 def kept(value: Any) -> Any:
@@ -122,6 +144,14 @@ def relative_square(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.to(wide) - b.to(wide)).square().sum() / b.to(wide).square().sum().clamp_min(1e-30))
 
 
+def name_of(obj: Any) -> str:
+    """What people call a model: its name on the hub, or its folder's; the class where neither is known."""
+    known = str(getattr(obj, "name_or_path", None) or "")
+    if not known:
+        return type(obj).__name__
+    return Path(known).resolve().name if Path(known).is_dir() else known
+
+
 def heads_of(module: nn.Module) -> int | None:
     """Query heads of an attention module, by the names that both libraries use."""
     config = getattr(module, "config", None)
@@ -133,10 +163,17 @@ def heads_of(module: nn.Module) -> int | None:
 
 
 def places_of(targets: Sequence[Target]) -> tuple[Place, ...]:
-    """The sites of some targets (targets.find), each name once: a pipeline's two transformers are tuned alike."""
-    found: dict[str, Place] = {}
-    for target in targets:
-        for site in target.family.find_sites(target.root):
-            if site.kind != "cross":
-                found.setdefault(site.name, Place(site.name, site.kind, heads_of(site.module)))
-    return tuple(found.values())
+    """The sites of some targets (targets.find) that all of them have: a pipeline's two transformers are tuned alike.
+
+    Raises:
+        ValueError: none, or targets of several families: one recipe cannot be of both.
+    """
+    each = [
+        {site.name: site for site in target.family.find_sites(target.root) if site.kind != "cross"}
+        for target in targets
+    ]
+    names = [name for name in each[0] if all(name in sites for sites in each)] if each else []
+    if not names or len({target.family.name for target in targets}) > 1:
+        what = ", ".join(type(target.root).__name__ for target in targets) or "this object"
+        raise ValueError(f"{what}: no attention but cross-attention that all have alike; tune one model at a time")
+    return tuple(Place(name, each[0][name].kind, heads_of(each[0][name].module)) for name in names)

@@ -24,6 +24,8 @@ def patch(model: Any, name: str, full: bool = False, **more: Any) -> attn_plugin
 
 def test_every_family_has_a_tiny_model() -> None:
     assert set(FAMILIES) == set(MODELS)
+    for place in (0, 1):
+        assert {pair.values[place] for pair in SOME} == {pair.values[place] for pair in PAIRS}
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)

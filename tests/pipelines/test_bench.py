@@ -189,19 +189,19 @@ def test_table_and_plots_come_from_the_file_alone(everything, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         bench.draw(tmp_path / "c.csv")
     page = tmp_path / "page.md"
-    page.write_text(f"# A page\n{bench.BEGIN}\nold\n{bench.END}\nthe end\n")
+    page.write_text("# A page\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nthe end\n")
     assert bench.draw(tmp_path / "b.csv", page)[0] == page
-    inside = f"# A page\n{bench.BEGIN}\n{table.markdown(few, level=3)}{bench.END}\nthe end\n"
+    inside = f"# A page\n<!-- bench:begin -->\n{table.markdown(few, level=3)}<!-- bench:end -->\nthe end\n"
     assert page.read_text() == inside and (tmp_path / "pictures" / "b.png").exists() == can_plot()
     page.write_text("# A page")
-    with pytest.raises(ValueError, match="it has no lines"):
+    with pytest.raises(ValueError, match="there are no lines"):
         bench.draw(tmp_path / "b.csv", page)
 
 
 def test_the_page_has_the_tables_of_the_file():
     rows = read(ROOT / "benchmarks" / "results" / "bench_cpu.csv", columns.COLUMNS)
     page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
-    assert f"{bench.BEGIN}\n{table.markdown(rows, level=3)}{bench.END}" in page
+    assert f"<!-- bench:begin -->\n{table.markdown(rows, level=3)}<!-- bench:end -->" in page
     assert not [row for row in rows if str(row["reason"]).startswith("WRONG")]
     assert "\n".join(network.table()) in page
     assert all(f"`{name}`" in page for name in (*MASKS, *registry.BACKENDS))

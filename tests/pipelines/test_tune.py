@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,112 +18,42 @@ pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
 import attn_plugins  # noqa: E402
-from attn_plugins import recipe  # noqa: E402
+from attn_plugins import recipe, record  # noqa: E402
 from attn_plugins.pipelines import tune as job  # noqa: E402
 from attn_plugins.pipelines.tuner import cases, outcomes, plans, profile, steps  # noqa: E402
 from attn_plugins.pipelines.tuner.candidates import Candidate, Single, candidates, methods_for  # noqa: E402
 from attn_plugins.pipelines.tuner.diffusion import Call, DiffusionSubject  # noqa: E402
 from attn_plugins.pipelines.tuner.language import LanguageSubject  # noqa: E402
-from attn_plugins.pipelines.tuner.outcomes import Budget, Outcome  # noqa: E402
-from attn_plugins.pipelines.tuner.subject import Place  # noqa: E402
-from tests.support import tiny_models, tiny_pipelines  # noqa: E402
+from attn_plugins.pipelines.tuner.memory import Memory, mark  # noqa: E402
+from attn_plugins.pipelines.tuner.outcomes import Budget  # noqa: E402
+from attn_plugins.pipelines.tuner.subject import name_of  # noqa: E402
+from tests.support import tiny_models  # noqa: E402
 from tests.support.snapshot import snapshot  # noqa: E402
 from tests.support.tiny_models import wan  # noqa: E402
+from tests.support.tuned import WINDOWS, call, tiny_subject  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
-
-WINDOWS = (
-    Candidate("gna", "narrow", {"window": (1, 2, 2), "stride": 1}),
-    Candidate("gna", "wide", {"window": (2, 4, 4), "stride": 1}),
-)
 
 
 @pytest.fixture
 def subject() -> DiffusionSubject:
-    return DiffusionSubject(tiny_pipelines.build("wan"))
-
-
-def call(prompt: str = "a cat", seed: int = 0, number: int = 4) -> Call:
-    known = tiny_pipelines.PIPELINES["wan"].call
-    return Call({**known, "prompt": prompt, "num_inference_steps": number}, seed, prompt)
+    return tiny_subject()
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate takes a tenth of dense attention: whether a tiny model gains anything is chance."""
-    one = profile._one
-    monkeypatch.setattr(profile, "_one", lambda *arguments: (one(*arguments)[0], 0.1))
-    monkeypatch.setattr(profile, "_dense_seconds", lambda subject, probes, tick: np.ones(len(subject.places)))
+    """Every candidate takes a tenth of dense attention, and a run with it half the time, each a little less than the
+    last: whether a tiny model gains anything is chance."""
+    one, numbers = profile._one, itertools.count()
+    for kind in (DiffusionSubject, LanguageSubject):
 
+        def run(self: Any, case: Any, run: Any = kind.run) -> Any:
+            sparse = any(record.patches_of(target.root) for target in self.targets)
+            return dataclasses.replace(run(self, case), seconds=0.5 - next(numbers) / 1000 if sparse else 1.0)
 
-def made_up(seed: int, places: int = 3) -> profile.Profile:
-    """A profile of two windows and of their halves, with random numbers."""
-    rng = np.random.default_rng(seed)
-    tried = [*WINDOWS]
-    for candidate in WINDOWS:
-        tried += [half for heads in ((0,), (1,)) if (half := candidate.on(heads)) is not None]
-    rows = tuple(Place(f"blocks.{number}.attn1", "self", 2) for number in range(places))
-    dense = rng.uniform(1, 2, places)
-    shares = rng.uniform(0.2, 0.9, (places, len(tried)))
-    shares[:, len(WINDOWS) :] = 0.5 + shares[:, len(WINDOWS) :] / 2  # half of the heads stay dense
-    return profile.Profile(
-        rows, tuple(tried), np.array([0.25, 0.75]), rng.uniform(0, 1, (2, places, len(tried))),
-        shares * dense[:, None], dense,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_each_plan_is_the_best_for_its_time(subject: DiffusionSubject, seed: int) -> None:
-    found = made_up(seed)
-    weights = np.random.default_rng(seed).uniform(0.5, 2, steps.GRID)
-    job_seconds, forwards = 20.0, 2
-    rows = plans.options_of(found, weights, has_steps=True)
-    front = plans.front(subject, found, weights, job_seconds, forwards)
-    assert len(front) >= 3
-    everything = [
-        (sum(option.seconds for option in taken), sum(option.error for option in taken))
-        for taken in itertools.product(*rows)
-    ]
-    for plan in front:
-        seconds = found.dense.sum() - (1 - 1 / plan.speedup) * job_seconds / forwards
-        best = min(error for time, error in everything if time <= seconds * (1 + 1e-9))
-        assert plan.loss == pytest.approx(math.sqrt(best), rel=1e-6)
-    losses = [plan.loss for plan in front]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_options_are_what_their_parts_add_up_to(subject: DiffusionSubject) -> None:
-    checked = 0
-    for found in (made_up(seed) for seed in range(8)):
-        for place, row in enumerate(plans.options_of(found, np.ones(steps.GRID), has_steps=False)):
-            for one in (option for option in row if len(option.columns) == 2):
-                parts = found.seconds[place, list(one.columns)]
-                assert one.seconds == pytest.approx(found.dense[place] - (found.dense[place] - parts).sum())
-                error = found.error[:, place, list(one.columns)].sum(-1).mean()
-                assert one.error == pytest.approx(error, rel=1e-2)
-                assert sorted(found.candidates[column].heads for column in one.columns) == [(0,), (1,)]
-                checked += 1
-    assert checked
-
-
-def test_what_a_row_says_is_what_was_chosen(subject: DiffusionSubject, tmp_path: Path) -> None:
-    """Head groups and steps, through the file, onto the layers."""
-    found = made_up(2, places=len(subject.places))
-    found = profile.Profile(subject.places, *list(vars(found).values())[1:])
-    plan = next(
-        plan
-        for plan in plans.front(subject, found, np.ones(steps.GRID), 20.0, 2)
-        if any("per_head" in row["options"] for row in plan.rows)
-    )
-    path = recipe.write_rows([dict(row) for row in plan.rows], tmp_path / "plan.yaml")
-    handle = attn_plugins.patch(subject.obj, path)
-    patched = {layer.name: row for row in handle.patches for layer in row.layers}
-    for row in plan.rows:
-        for name in row["sites"]:
-            assert patched[name].config == patched[name].config.from_options(**row["options"])
-            first = row["dense_steps"][0] if isinstance(row["dense_steps"], list) else row["dense_steps"]
-            assert patched[name].state.schedule.first == first
-    handle.remove()
+        monkeypatch.setattr(kind, "run", run)
+    monkeypatch.setattr(profile, "_one", lambda *arguments: ((found := one(*arguments)[0]), found and 0.1))
+    monkeypatch.setattr(profile, "_dense_seconds", lambda subject, probes, tick: [1.0] * len(subject.places))
 
 
 def test_a_pipeline_is_tuned_and_left_alone(subject: DiffusionSubject, quick: None, tmp_path: Path) -> None:
@@ -136,7 +68,7 @@ def test_a_pipeline_is_tuned_and_left_alone(subject: DiffusionSubject, quick: No
     assert snapshot(subject.obj.transformer) == before
     assert result.met and any(one.tuned for one in result.validation)
     assert any(isinstance(one.what, Single) for one in result.validation)
-    fastest = max(result.validation, key=lambda one: one.speedup)
+    fastest = max((one for one in result.validation if one.density != 1), key=lambda one: one.speedup)
     assert result.chosen.what is fastest.what
     written = {path.name for path in result.save(tmp_path)}
     assert {"recipe.yaml", "front.csv"} <= written
@@ -156,14 +88,85 @@ def test_a_profile_goes_on_where_it_stopped(
     subject: DiffusionSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, probes = subject.record(call(), 2)
-    first = profile.measure(subject, WINDOWS, probes, path=tmp_path / "profile.json")
+    first = profile.measure(subject, WINDOWS, probes, memory=Memory(tmp_path / "measured.jsonl"))
     assert np.isfinite(first.error).all() and (first.error > 0).any() and (first.dense > 0).all()
     monkeypatch.setattr(profile, "_one", lambda *_: pytest.fail("measured again"))
-    again = profile.measure(subject, WINDOWS, probes, path=tmp_path / "profile.json")
+    again = profile.measure(subject, WINDOWS, probes, memory=Memory(tmp_path / "measured.jsonl"))
     assert np.array_equal(again.error, first.error) and np.array_equal(again.seconds, first.seconds)
     _, others = subject.record(call("a dog", 1), 2)  # another prompt in the same folder is measured anew
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        profile.measure(subject, WINDOWS, others, path=tmp_path / "profile.json")
+        profile.measure(subject, WINDOWS, others, memory=Memory(tmp_path / "measured.jsonl"))
+
+
+def test_a_tuning_goes_on_where_it_stopped(
+    subject: DiffusionSubject, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time runs dense alone, and says the same to the last digit."""
+    given: dict[str, Any] = {
+        "calibration": call(), "validation": [call(seed=1)], "test": [call("a dog", 3)], "budget": Budget(lose=1e9),
+        "settings": job.TuneSettings(("gna",), probes=1, plans=2, parts=1, all_presets=True), "folder": tmp_path,
+    }  # fmt: skip
+    first = job.tune(subject, **given)
+    assert {one.label for one in first.validation if not one.tuned} <= {one.label for one in first.tested}
+    monkeypatch.setattr(outcomes, "_ran", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(steps, "_lost", lambda *_: pytest.fail("ran again"))
+    runs, run = [], subject.run
+    monkeypatch.setattr(subject, "run", lambda case: runs.append(case) or run(case))
+    again = job.tune(subject, **given)
+    assert len(runs) == 5  # to count the forwards, to record them; to know each case again, for presets and for plans
+    for one, other in zip(first.tested, again.tested, strict=True):
+        assert (one.label, one.losses, one.seconds, one.dense) == (
+            other.label,
+            other.losses,
+            other.seconds,
+            other.dense,
+        )
+    with pytest.raises(pytest.fail.Exception, match="ran again"):
+        job.tune(subject, **{**given, "test": [call("a dog", 4)]})
+
+
+def test_memory(tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    memory = Memory(path)
+    assert memory.of("a", lambda: (1.5, math.nan, None)) == memory.of("a", list)
+    assert Memory(path).of("a", list)[::2] == [1.5, None] and "a" in Memory(path) and "b" not in Memory(path)
+    with path.open("a") as file:
+        file.write('["b", [2')  # the machine went off
+    again = Memory(path)
+    assert "a" in again and "b" not in again and again.of("b", lambda: [3.0]) == [3.0] == Memory(path).of("b", list)
+    with pytest.raises(ValueError, match="torch was None and is '2': remove it to measure anew"):
+        Memory(path, {"torch": "2"})
+    for text in ("[1, 2]", "not JSON", '{"about": {}}\nx\ny\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is no file of a tuning: remove it"):
+            Memory(path)
+    assert mark({"a": 1, "b": (2, 3)}) == mark({"b": [2, 3], "a": 1}) != mark({"a": 1, "b": (2, 4)})
+
+
+def test_what_cannot_stand_or_would_be_dense_is_told(subject: DiffusionSubject) -> None:
+    _, probes = subject.record(call(), 1)
+    tried = [WINDOWS[0], Candidate("gna", "all", {"window": -1}), Candidate("gna", "wrong", {"window": (1, 2)})]
+    found = profile.measure(subject, tried, probes)
+    assert found.taken(0) and not found.taken(1) and not found.taken(2)
+    assert found.reasons["all"] == "sees everything at this size" and "axes" in found.reasons["wrong"]
+    assert plans.options_of(found, np.ones(steps.GRID), has_steps=True, steps=4)
+
+
+def test_a_forward_that_cannot_be_run_again_is_refused(
+    subject: DiffusionSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "again", lambda probe: probe.dense * 2)
+    with pytest.raises(ValueError, match="gives something else when it is run again"):
+        job.tune(subject, calibration=call(), validation=[call(seed=1)])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='gave Image, not a tensor: .*output_type="latent"'):
+        subject.run(Call({**call().kwargs, "output_type": "pil"}))
+
+
+def test_a_model_is_called_as_people_call_it(tmp_path: Path) -> None:
+    assert name_of(SimpleNamespace(name_or_path="someone/model")) == "someone/model"
+    assert name_of(SimpleNamespace(name_or_path=str(tmp_path))) == tmp_path.name
+    assert name_of(torch.nn.Identity()) == "Identity"
 
 
 def test_the_error_of_a_place_is_that_of_patching_it(subject: DiffusionSubject) -> None:
@@ -182,39 +185,6 @@ def test_groups_of_layers_are_measured_together(subject: DiffusionSubject) -> No
     with attn_plugins.patch(subject.obj, "gna", **WINDOWS[0].options):
         out = subject.again(probes[0])
     assert found.error[0, :, 0].sum() == pytest.approx(subject.error(out, probes[0].dense))
-
-
-def test_weights_say_what_an_error_at_a_step_does(subject: DiffusionSubject) -> None:
-    ran, probes = subject.record(call(), 2)
-    found = profile.measure(subject, WINDOWS, probes)
-    weights = steps.weights(subject, found, call(), ran, parts=2)
-    column = steps._representative(found)
-    with attn_plugins.patch(subject.obj, "gna", dense_steps=(0.5, 0.0), **WINDOWS[column].options):
-        lost = subject.loss(subject.run(call()).result, ran.result)
-    curve = steps.curves(found)[:, :, column].sum(axis=1) * weights
-    assert math.sqrt(curve[steps.GRID // 2 :].sum() / steps.GRID) == pytest.approx(lost, rel=1e-6)
-
-
-def outcome(label: str, speedup: float, loss: float) -> Outcome:
-    return Outcome(Single(label, "fast", label), (loss, loss), (1 / speedup,), (1.0,))
-
-
-def test_budgets() -> None:
-    rows = [outcome("a", 1.1, 0.1), outcome("b", 1.5, 0.2), outcome("c", 1.4, 0.3), outcome("d", 2.0, 0.9)]
-    assert Budget(faster=1.3).best(rows) == (rows[1], True)
-    assert Budget(faster=3.0).best(rows) == (rows[3], False)
-    assert Budget(lose=0.5).best(rows) == (rows[1], True)
-    assert Budget(lose=0.01).best(rows) == (rows[0], False)
-    assert [one.label for one in outcomes.best_of(rows)] == ["d d fast", "b b fast", "a a fast"]
-    for wrong in ({"faster": 1.5, "lose": 1.0}, {"faster": 1.0}, {"lose": 0.0}, {"faster": math.nan}):
-        with pytest.raises(ValueError, match="budgets|speedup|loss"):
-            Budget(**wrong)
-
-
-def test_intervals_are_students() -> None:
-    one = Outcome(Single("a", "fast", "a"), (1.0, 2.0, 3.0), (1.0,), (1.0,))
-    assert one.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert outcome("b", 1.0, 1.0).half == 0 and Outcome(one.what, (1.0,), (1.0,), (1.0,)).half == math.inf
 
 
 def test_no_case_is_used_twice() -> None:
@@ -257,6 +227,24 @@ def test_refusals(subject: DiffusionSubject) -> None:
         job.TuneSettings(plans=0)
     with attn_plugins.patch(subject.obj, "gna"), pytest.raises(ValueError, match="patched already"):
         job.tune(subject, **case)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["small_llama", "--prompt", "x", "--steps", "3"], "--prompt, --steps: of pipelines, which small_llama is not"),
+        (["moving_digits", "--rows", "5"], "--rows: of language models, which moving_digits is not"),
+        (["moving_digits", "--prompts", "none.txt"], "no such file"),
+        (["moving_digits", "--faster", "1.5", "--lose", "1"], "two budgets"),
+    ],
+)
+def test_the_command_refuses_before_it_loads(arguments: list[str], message: str) -> None:
+    from typer.testing import CliRunner
+
+    from attn_plugins.pipelines.cli import app
+
+    result = CliRunner().invoke(app, ["tune", *arguments])
+    assert result.exit_code and message in " ".join(result.output.split())
 
 
 def test_recipes_of_several_patches(tmp_path: Path) -> None:

@@ -39,18 +39,6 @@ def _pipeline(folder: Path) -> dict[str, Any]:
     return {"pipe": small_wan()}
 
 
-@stage("extending.md")
-def _digits(folder: Path) -> dict[str, Any]:
-    from attn_plugins.pipelines.demo_model import load_pipeline, prompt
-
-    return {"pipe": load_pipeline(), "prompt": prompt}
-
-
-@stage("presets.md")
-def _only_digits(folder: Path) -> dict[str, Any]:
-    return {"pipe": _digits(folder)["pipe"]}
-
-
 @stage("index.md", "README.md")
 def _start(folder: Path) -> dict[str, Any]:
     """`attn-plugins tune` has left its recipe."""

@@ -1,0 +1,68 @@
+"""What presets lost in real runs against what the profile foresaw of them: errors do not quite add up, and not alike.
+
+A profile sees one layer at a time, and one forward. What one method does in all layers and steps may cancel, or pile
+up: the presets ran on the validation cases anyway, so each method's errors are scaled to what its presets really lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable
+
+import numpy as np
+
+from attn_plugins import registry
+from attn_plugins.pipelines.tuner.candidates import Candidate, Single
+from attn_plugins.pipelines.tuner.outcomes import Outcome
+from attn_plugins.pipelines.tuner.profile import Profile
+from attn_plugins.pipelines.tuner.steps import GRID, curves, inside
+from attn_plugins.pipelines.tuner.subject import Subject
+
+MOST = 10.0  # a factor beyond it, or below its inverse, is of something else than errors that add up
+
+
+def scales(subject: Subject, profile: Profile, weights: np.ndarray, outcomes: Iterable[Outcome]) -> np.ndarray:
+    """(candidates,): factors of the errors of a profile. A candidate that is a preset's setting has that of its
+    presets; any other the geometric mean of its method's; 1 where nothing is known."""
+    places = np.nan_to_num(curves(profile) * weights[:, None, None]).sum(axis=1)
+    own: dict[Candidate, list[float]] = {}
+    methods: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        what = outcome.what
+        candidate = _candidate(subject, profile, what) if isinstance(what, Single) else None
+        if candidate is None or not isinstance(what, Single):
+            continue
+        sparse = inside(what.steps, subject.steps) if subject.has_steps else np.ones(GRID, bool)
+        expected = float((places[:, profile.candidates.index(candidate)] * sparse).mean())
+        lost = statistics.fmean(subject.size(loss) for loss in outcome.losses)
+        if expected > 0 and 1 / MOST <= lost / expected <= MOST:
+            own.setdefault(candidate, []).append(lost / expected)
+            methods.setdefault(what.method, []).append(lost / expected)
+    found = np.ones(len(profile.candidates))
+    for column, candidate in enumerate(profile.candidates):
+        known = own.get(candidate.of or candidate) or methods.get(candidate.method)
+        if known:
+            found[column] = statistics.geometric_mean(known)
+    return found
+
+
+def scaled(profile: Profile, factors: np.ndarray) -> Profile:
+    """The profile with its errors multiplied by factors (candidates,)."""
+    return dataclasses.replace(profile, error=profile.error * factors)
+
+
+def _candidate(subject: Subject, profile: Profile, single: Single) -> Candidate | None:
+    """The candidate that a preset's settings are, where the preset has all places: some may be too small for it."""
+    told, method = single.told, registry.method(single.method)
+    least = max(told["min_tokens"], method.min_tokens[subject.device.type != "cpu"])
+    sized = any(target.family.extras.get("min_tokens") for target in subject.targets)
+    if told["layers"] is not None or sized or math.prod(subject.grid) < least:
+        return None
+    config = method.config_class.from_options(**told["options"])
+    for candidate in profile.candidates:
+        same = candidate.method == single.method and candidate.heads is None
+        if same and method.config_class.from_options(**candidate.options) == config:
+            return candidate
+    return None

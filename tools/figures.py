@@ -1,0 +1,177 @@
+"""Make the figures and pictures of README and docs anew: `python tools/figures.py NAME ...`; without names, a list.
+
+A name runs the commands that a user would run, copies the pictures that they leave into docs/pictures, and puts their
+tables between the markers of the page. Times are of two cores that do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from attn_plugins.pipelines.comparing.overview import COLUMNS, overview  # noqa: E402
+from attn_plugins.pipelines.markdown import fill, table  # noqa: E402
+
+PICTURES = ROOT / "docs" / "pictures"
+RESULTS = "benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`page`: where it stands. `minutes`: about. `commands`: run in the root of the repository, `{out}` their folder.
+    `pictures`: {file that they leave: name in docs/pictures}. `finish`: what fills the page, given the folder."""
+
+    page: str
+    minutes: float
+    commands: tuple[str, ...]
+    pictures: dict[str, str] = field(default_factory=dict)
+    finish: Callable[[Path], object] | None = None
+
+    def make(self, name: str) -> None:
+        out = ROOT / "out" / "figures" / name
+        for command in self.commands:
+            command = command.format(out=out.relative_to(ROOT))
+            print(f"$ {command}", flush=True)
+            words = command.split()
+            words[0] = str(Path(sys.executable).with_name(words[0]))
+            subprocess.run(words, cwd=ROOT, check=True)
+        for file, picture in self.pictures.items():
+            print(shutil.copyfile(ROOT / file.format(out=out), PICTURES / picture))
+        if self.finish is not None:
+            self.finish(out)
+
+
+def demo(out: Path) -> None:
+    """README's table: the demo's one method beside dense."""
+    told = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+    lines = [
+        f"What `make demo` printed on {told['machine']}, {datetime.date.today().isoformat()}: the embedded model, 20 "
+        "steps, 16 frames (4,096 tokens), preset `balanced` (a window of 4 frames of 16, the first 30 % of the steps "
+        "dense), seed 0.",
+        beside(told),
+        '"At most" is Amdahl\'s bound. The operator alone, against dense attention and per tile size, is in\n'
+        "[docs/benchmarks.md](docs/benchmarks.md).",
+    ]
+    print(fill(ROOT / "README.md", "demo", "\n\n".join(lines)))
+
+
+def compare(out: Path) -> None:
+    """docs/compare.md's example."""
+    told = json.loads((out / "small_llama.json").read_text(encoding="utf-8"))
+    lines = [f"```bash\n{COMPARE}\n```", f"on {told['machine']}, {told['notes'][0]}:", beside(told)]
+    print(fill(ROOT / "docs" / "compare.md", "compare", "\n\n".join(lines)))
+
+
+def beside(told: dict[str, Any]) -> str:
+    """The table of a comparison's JSON: a line for each figure, a column for dense and each method."""
+    dense = dict(told["dense"])
+    if dense.get("drift") == 0:  # infinite is null in JSON
+        dense |= {column.name: math.inf for column in COLUMNS if column.title == "PSNR" and column.name in dense}
+    rows = {"dense": dense, **{f"`{row['method']}`": row["figures"] for row in told["methods"]}}
+    header, *lines = overview(rows)
+    return table(header, lines)
+
+
+COMPARE = (
+    "attn-plugins compare small_llama moa:span=0.5 moa:pattern=streaming,window=508 moba:block=128,k_blocks=4 "
+    "--rows 8 --threads 1"
+)
+BENCH = f"attn-plugins bench --threads 2 --resume --rounds 3 --seconds 0.3 --out {RESULTS}/bench_cpu.csv"
+SLOW = "--backends sdpa_flash,sdpa_documents,flex,ours_plan,ours_operator"
+TUNE, TUNED = "attn-plugins tune moving_digits --steps 10 --all-presets", f"{RESULTS}/tuned"
+EXAMPLE = "python examples/{0} --out {{out}}"
+PARTS = ("heads", "groups", "distance", "steps")
+
+FIGURES = {
+    "demo": Figure("README.md", 1.5, ("attn-plugins demo --out {out}",), {"{out}/demo_gna.png": "demo.png"}, demo),
+    "gallery": Figure("docs/gallery.md", 1, ("python tools/gallery.py",)),
+    "regions": Figure("docs/regions.md", 0.2, ("python tools/regions_picture.py",)),
+    "compare": Figure("docs/compare.md", 5, (f"{COMPARE} --out {{out}}",), finish=compare),
+    "profile_digits": Figure(
+        "docs/profile.md", 3, ("attn-plugins profile moving_digits --steps 4 --keep 0.8 --check --out {out}",),
+        {f"{{out}}/{part}.png": f"profile_digits_{part}.png" for part in PARTS},
+    ),
+    "profile_llama": Figure(
+        "docs/profile.md", 3, ("attn-plugins profile small_llama --check --out {out}",),
+        {f"{{out}}/{part}.png": f"profile_llama_{part}.png" for part in PARTS[:3]},
+    ),
+    "tuned": Figure(
+        "docs/tuning.md, presets", 60,
+        (
+            f"{TUNE} --faster 1.3 --head-groups 2 --out {TUNED}/moving_digits",
+            f"{TUNE} --faster 1.1 -a frames=4 --out {TUNED}/moving_digits_short",
+            f"attn-plugins tune small_llama --faster 1.2 --rows 16 --all-presets --out {TUNED}/small_llama",
+            "python tools/preset_evidence.py",
+        ),
+        {f"{TUNED}/{name}/front.png": f"tuned_{name}.png" for name in ("moving_digits", "small_llama")},
+    ),
+    "bench": Figure(
+        "docs/bench.md", 90,
+        (
+            f"{BENCH} --lengths 2k,4k --dtype fp32,bf16", f"{BENCH} --lengths 8k {SLOW}",
+            f"{BENCH} --lengths 2k --backward", f"{BENCH} --plot --page docs/bench.md",
+        ),
+    ),
+    "moa_search": Figure(
+        "docs/moa_search.md", 60,
+        (
+            *(f"attn-plugins moa-search --density 0.25 --seed {one} --threads 1 --out {{out}}/{one}" for one in "012"),
+            "attn-plugins moa-evaluate --search {out}/0 --search {out}/1 --search {out}/2 --windows 6 --trials 5 "
+            "--length 2048 --length 4096 --out {out}",
+        ),
+        {"{out}/evaluation.png": "moa_search.png"},
+    ),
+    "continue_tuning": Figure(
+        "docs/continue_tuning.md", 60, (EXAMPLE.format("continue_tune_vmoba.py --steps 200"),),
+        {"{out}/tuned.png": "continue_tuning.png"},
+    ),
+    "continue_tune_agent_vit": Figure(
+        "docs/continue_tuning.md", 30, (EXAMPLE.format("continue_tune_agent_vit.py"),),
+        {"{out}/tuned.png": "continue_tune_agent_vit.png"},
+    ),
+    "continue_tune_moh": Figure(
+        "docs/continue_tuning.md", 60, (EXAMPLE.format("continue_tune_moh.py"),),
+        {"{out}/tuned.png": "continue_tune_moh.png"},
+    ),
+    "continue_pretrain_bam": Figure(
+        "docs/continue_tuning.md", 120, (EXAMPLE.format("continue_pretrain_bam.py"),),
+        {"{out}/pretrained.png": "continue_pretrain_bam.png"},
+    ),
+    "continue_pretrain_bam_vit": Figure(
+        "docs/continue_tuning.md", 30, (EXAMPLE.format("continue_pretrain_bam.py --vision"),),
+        {"{out}/pretrained.png": "continue_pretrain_bam_vit.png"},
+    ),
+    "train_mip": Figure(
+        "docs/continue_tuning.md", 60, (EXAMPLE.format("train_mip.py"),), {"{out}/tuned_sheet.png": "train_mip.png"}
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    names = parser.parse_args().names
+    unknown = sorted(set(names) - set(FIGURES))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: there are {', '.join(FIGURES)}")
+    for name in names:
+        FIGURES[name].make(name)
+    if not names:
+        for name, figure in FIGURES.items():
+            print(f"{name:26} {figure.minutes:>5g} min  {figure.page}")
+
+
+if __name__ == "__main__":
+    main()
