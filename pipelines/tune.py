@@ -148,7 +148,9 @@ def tune(
         tick = stage("validation: presets", outcomes.runs(len(presets), len(validation)))
         seen, failed = outcomes.measure(subject, presets, validation, tick, memory)
         scaled = corrections.scaled(found, corrections.scales(subject, found, weights, seen))
-        front = plans.front(subject, scaled, weights, job, dense.forwards, budget.faster)
+        share = float(found.dense.sum()) * dense.forwards / job
+        share *= corrections.savings(subject, found, seen, share)
+        front = plans.front(subject, scaled, weights, share, budget.faster)
         front = _thinned(front, settings.plans, budget)
         tick = stage("validation: plans", outcomes.runs(len(front), len(validation)))
         more, missed = outcomes.measure(subject, front, validation, tick, memory)

@@ -84,6 +84,11 @@ def beside(told: dict[str, Any]) -> str:
     return table(header, lines)
 
 
+def evidence(out: Path) -> None:
+    """Rows of the presets, and docs/tuning.md."""
+    subprocess.run([sys.executable, "tools/preset_evidence.py"], cwd=ROOT, check=True)
+
+
 COMPARE = (
     "attn-plugins compare small_llama moa:span=0.5 moa:pattern=streaming,window=508 moba:block=128,k_blocks=4 "
     "--rows 8 --threads 1"
@@ -113,9 +118,9 @@ FIGURES = {
             f"{TUNE} --faster 1.3 --head-groups 2 --out {TUNED}/moving_digits",
             f"{TUNE} --faster 1.1 -a frames=4 --out {TUNED}/moving_digits_short",
             f"attn-plugins tune small_llama --faster 1.2 --rows 16 --all-presets --out {TUNED}/small_llama",
-            "python tools/preset_evidence.py",
         ),
         {f"{TUNED}/{name}/front.png": f"tuned_{name}.png" for name in ("moving_digits", "small_llama")},
+        finish=evidence,
     ),
     "bench": Figure(
         "docs/bench.md", 90,

@@ -3,6 +3,7 @@
     python tools/preset_evidence.py [FOLDER ...]     # default: all of benchmarks/results/tuned, of `figures.py tuned`
 
 A folder is what `attn-plugins tune --all-presets --out FOLDER` writes. Rows of the same model and size are replaced.
+The page has the tables of benchmarks/results/tuned, whatever else is read.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Tuning:
     def read(cls, folder: Path) -> Tuning:
         with (folder / "front.csv").open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["set"] == "test"]
+        if not rows:
+            raise ValueError(f"{folder}: nothing was tested there; give more prompts, or rows of text")
         return cls(folder.name, rows, dict(recipe.read(folder / "recipe.yaml").evidence))
 
     def measured(self) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -56,6 +59,11 @@ class Tuning:
                     "loss": _short(row["loss"]), "half": _short(row["half"]), "cases": int(row["cases"]), **about,
                 }  # fmt: skip
         return found
+
+    def pictures(self) -> list[str]:
+        """As the page names them."""
+        name = f"pictures/tuned_{self.name}.png"
+        return [name] if (PAGE.parent / name).is_file() else []
 
     def section(self) -> str:
         """A heading and a table in Markdown, quickest first."""
@@ -75,6 +83,7 @@ class Tuning:
                 f"`benchmarks/results/tuned/{self.name}/front.csv`: {self.rows[0]['cases']} runs of each that nothing "
                 f"was chosen by; {told['machine']}, torch {told['torch']}, {told['date']}. Loss: "
                 f"{told['loss']['name']}.",
+                *[f"![Speed against loss]({picture})" for picture in self.pictures()],
                 table(("setting", "times faster", "loss", "density", "foreseen"), rows),
             )
         )
@@ -113,12 +122,11 @@ def _short(number: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
-    folders = parser.parse_args().folders or sorted(TUNED.iterdir())
-    tunings = [Tuning.read(folder) for folder in folders]
-    for tuning in tunings:
-        for path in write(tuning.measured()):
+    ours = sorted(path.parent for path in TUNED.glob("*/front.csv"))
+    for folder in parser.parse_args().folders or ours:
+        for path in write(Tuning.read(folder).measured()):
             print(path)
-    print(fill(PAGE, "tuned", "\n\n".join(tuning.section() for tuning in tunings)))
+    print(fill(PAGE, "tuned", "\n\n".join(Tuning.read(folder).section() for folder in ours)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What presets lost in real runs against what the profile foresaw of them: errors do not quite add up, and not alike.
+"""What presets lost and saved in real runs against what the profile foresaw of them.
 
-A profile sees one layer at a time, and one forward. What one method does in all layers and steps may cancel, or pile
-up: the presets ran on the validation cases anyway, so each method's errors are scaled to what its presets really lost.
+A profile sees one layer at a time, and one forward: errors do not quite add up over layers and steps, and not alike for
+all methods, and clocks around layers are not the clock of a run. The presets ran on the validation cases anyway, so
+each method's errors are scaled to what its presets really lost, and all savings to what all presets really saved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from attn_plugins.pipelines.tuner.profile import Profile
 from attn_plugins.pipelines.tuner.steps import GRID, curves, inside
 from attn_plugins.pipelines.tuner.subject import Subject
 
+LEAST_SAVED = 0.05  # of a run: less says nothing beside the noise of its time
 MOST = 10.0  # a factor beyond it, or below its inverse, is of something else than errors that add up
 
 
@@ -46,6 +48,26 @@ def scales(subject: Subject, profile: Profile, weights: np.ndarray, outcomes: It
         if known:
             found[column] = statistics.geometric_mean(known)
     return found
+
+
+def savings(subject: Subject, profile: Profile, outcomes: Iterable[Outcome], share: float) -> float:
+    """What presets saved of a run, over what the profile foresaw, the median; 1 where none tells.
+
+    share: of attention in a dense run, by the profile's clocks.
+    """
+    dense = float(profile.dense.sum())
+    found = []
+    for outcome in outcomes:
+        what = outcome.what
+        candidate = _candidate(subject, profile, what) if isinstance(what, Single) else None
+        if candidate is None or not isinstance(what, Single):
+            continue
+        sparse = inside(what.steps, subject.steps).mean() if subject.has_steps else 1.0
+        times = profile.seconds[:, profile.candidates.index(candidate)]
+        foreseen = share * sparse * float(np.where(np.isnan(times), 0, profile.dense - times).sum()) / dense
+        if foreseen > LEAST_SAVED:
+            found.append((1 - 1 / outcome.speedup) / foreseen)
+    return min(max(statistics.median(found), 1 / MOST), MOST) if found else 1.0
 
 
 def scaled(profile: Profile, factors: np.ndarray) -> Profile:

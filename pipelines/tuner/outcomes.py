@@ -188,10 +188,7 @@ def applied(subject: Subject, what: Plan | Single) -> Iterator[Any]:
     """Patched by a plan's recipe or by a preset; calls that stay dense say nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if isinstance(what, Plan):
-            handle = rows.patched(subject, what.told)
-        else:
-            handle = patch(subject.obj, **what.settings)
+        handle = rows.patched(subject, what.told) if isinstance(what, Plan) else patch(subject.obj, **what.settings)
         try:
             yield handle
         finally:

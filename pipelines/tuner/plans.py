@@ -75,18 +75,18 @@ def options_of(
 
 
 def front(
-    subject: Subject, profile: Profile, weights: np.ndarray, job: float, forwards: int, wanted: float | None = None
+    subject: Subject, profile: Profile, weights: np.ndarray, share: float, wanted: float | None = None
 ) -> list[Plan]:
     """Plans from the quickest to nearly dense, each the least error that its time allows (SciPy's HiGHS).
 
-    job: seconds of a dense run; forwards: of it. wanted: a speedup that is one of the budgets.
+    share: of attention in a dense run. wanted: a speedup that is one of the budgets.
     """
     options = options_of(profile, weights, has_steps=subject.has_steps, steps=subject.steps)
     width = max(len(row) for row in options)
     padded = [[*row, *[row[-1]] * (width - len(row))] for row in options]
     # a place's cost is the mean's share of the dense run, so that their mean is what attention takes of it; clocks
     # around each layer may add up to more than the run
-    most = min(float(profile.dense.sum()) * forwards / job, MOST_SHARE)
+    most = min(share, MOST_SHARE)
     each = len(padded) * most / float(profile.dense.sum())
     costs = np.array([[[option.seconds * each for option in row] for row in padded]])
     losses = np.array([[[option.error for option in row] for row in padded]])

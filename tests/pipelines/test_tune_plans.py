@@ -50,16 +50,16 @@ def made_up(seed: int, places: int = 3) -> profile.Profile:
 def test_each_plan_is_the_best_for_its_time(subject: DiffusionSubject, seed: int) -> None:
     found = made_up(seed)
     weights = np.random.default_rng(seed).uniform(0.5, 2, steps.GRID)
-    job_seconds, forwards = 20.0, 2
+    share = found.dense.sum() / 10
     rows = plans.options_of(found, weights, has_steps=True)
-    front = plans.front(subject, found, weights, job_seconds, forwards)
+    front = plans.front(subject, found, weights, share)
     assert len(front) >= 3
     everything = [
         (sum(option.seconds for option in taken), sum(option.error for option in taken))
         for taken in itertools.product(*rows)
     ]
     for plan in front:
-        seconds = found.dense.sum() - (1 - 1 / plan.speedup) * job_seconds / forwards
+        seconds = found.dense.sum() - (1 - 1 / plan.speedup) * 10
         best = min(error for time, error in everything if time <= seconds * (1 + 1e-9))
         assert plan.loss == pytest.approx(math.sqrt(best), rel=1e-6)
     losses = [plan.loss for plan in front]
@@ -99,7 +99,7 @@ def test_what_a_row_says_is_what_was_chosen(subject: DiffusionSubject, tmp_path:
     found = dataclasses.replace(found, places=subject.places)
     plan = next(
         plan
-        for plan in plans.front(subject, found, np.ones(steps.GRID), 20.0, 2)
+        for plan in plans.front(subject, found, np.ones(steps.GRID), found.dense.sum() / 10)
         if any("per_head" in row["options"] for row in plan.rows)
     )
     path = recipe.write_rows([dict(row) for row in plan.rows], tmp_path / "plan.yaml")
@@ -167,6 +167,12 @@ def test_errors_are_scaled_to_what_presets_lost(subject: DiffusionSubject) -> No
         lost[number] = Outcome(one, (math.sqrt(factor * expected),) * 2, (1.0,), (1.0,))
     factors = corrections.scales(subject, found, weights, lost)
     assert factors == pytest.approx([4, 9, 6, 1, 1])
+    # half of the dense time is foreseen to be saved in 60 and 80 % of the steps, where attention is half of the run
+    timed = dataclasses.replace(found, dense=np.array([2.0]))
+    saved = [0.6 * 0.25 * 0.7, 0.8 * 0.25 * 0.9]
+    rows = [Outcome(one, (0.1,), (1 - part,), (1.0,)) for one, part in zip((safe, fast), saved, strict=True)]
+    assert corrections.savings(subject, timed, rows, 0.5) == pytest.approx(0.8)
+    assert corrections.savings(subject, timed, [], 0.5) == 1
     assert corrections.scaled(found, factors).error[0, 0] == pytest.approx([0.04, 0.09, 0.06, 0.01, 0.01])
     none = Outcome(safe, (0.0,), (1.0,), (1.0,))
     assert (corrections.scales(subject, found, weights, [none]) == 1).all()
