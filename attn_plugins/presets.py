@@ -21,7 +21,7 @@ A file says:
         layers: [0, 1]                     # optional: indices of the layers to patch
         evidence, source, tiling: ...      # optional: where they differ from the file's
         window: ...                        # everything else is an option of the method
-    measured:                              # optional, by `tools/preset_evidence.py` from tunings: a row a model and size
+    measured:                              # optional, by `tools/preset_evidence.py`: a row a model and size
       safe | balanced | fast:
       - {model: ..., tokens: 4096, density: 0.25, speedup: 1.4, loss: 0.2, half: 0.1, cases: 9, machine: ..., ...}
 """

@@ -6,6 +6,7 @@ writes (pipelines/tune.py). `evidence` says where it was measured, and is not ne
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ def write_rows(rows: list[dict[str, Any]], path: str | Path, evidence: Mapping[s
     """As `write`, of rows that have some of `FIELDS`."""
     import yaml
 
+    rows = [copy.deepcopy(one) for one in rows]  # what two rows share would be an alias in the file
     told: dict[str, Any] = dict(rows[0]) if len(rows) == 1 else {"patches": rows}
     if evidence:
         told["evidence"] = dict(evidence)

@@ -74,8 +74,8 @@ class TuneSettings:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """`validation`: all that ran, `tested`: those worth it on the last cases. `chosen` is of `tested`, `met` what it is
-    there. `about`: the machine, versions, commit and date of the measurements."""
+    """`validation`: all that ran, `tested`: those worth it on the last cases, `chosen` among them. `about`: the
+    machine, versions, commit and date of the measurements."""
 
     subject: Subject
     budget: Budget
@@ -165,13 +165,12 @@ def tune(
             failed += missed
             if not tested:
                 raise ValueError(f"no setting could run on the last cases: {'; '.join(missed)}")
-    # what chooses is the validation: the last cases report alone
-    there = {one.what for one in tested}
-    what = budget.best([one for one in seen if one.what in there])[0].what
-    chosen = next(one for one in tested if one.what is what)
+    known = {one.what: one for one in tested}
+    best, met = budget.best([outcomes.timed_with(one, known[one.what]) for one in seen if one.what in known])
+    chosen = known[best.what]
     failed += [f"{one.label}: {found.reasons[one.label]}" for one in _nowhere(found)]
     return TuneResult(
-        subject, budget, chosen, budget.meets(chosen), tuple(tested), tuple(seen), tuple(failed), memory.about
+        subject, budget, chosen, met, tuple(tested), tuple(seen), tuple(failed), memory.about
     )  # fmt: skip
 
 

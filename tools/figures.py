@@ -13,6 +13,7 @@ import math
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from attn_plugins.pipelines.comparing.overview import COLUMNS, overview  # noqa: E402
+from attn_plugins.pipelines.benching.machine import describe  # noqa: E402
+from attn_plugins.pipelines.comparing.overview import COLUMNS, cell, columns_of  # noqa: E402
 from attn_plugins.pipelines.markdown import fill, table  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = "benchmarks/results"
+WIDTH = 120  # of a page's lines
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,26 @@ class Figure:
 def demo(out: Path) -> None:
     """README's table: the demo's one method beside dense."""
     told = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    lines = [
-        f"What `make demo` printed on {told['machine']}, {datetime.date.today().isoformat()}: the embedded model, 20 "
-        "steps, 16 frames (4,096 tokens), preset `balanced` (a window of 4 frames of 16, the first 30 % of the steps "
-        "dense), seed 0.",
-        beside(told),
-        '"At most" is Amdahl\'s bound. The operator alone, against dense attention and per tile size, is in\n'
-        "[docs/benchmarks.md](docs/benchmarks.md).",
-    ]
-    print(fill(ROOT / "README.md", "demo", "\n\n".join(lines)))
+    text = (
+        f"What `make demo` printed on {machine(told)}: the embedded model, 20 steps, 16 frames (4,096 tokens), preset "
+        "`balanced` (a window of 4 frames of 16, the first 30 % of the steps dense), seed 0."
+    )
+    after = '"At most" is Amdahl\'s bound. The operator alone, against dense attention and per tile size, is in\n'
+    after += "[docs/benchmarks.md](docs/benchmarks.md)."
+    print(fill(ROOT / "README.md", "demo", "\n\n".join((textwrap.fill(text, WIDTH), beside(told), after))))
 
 
 def compare(out: Path) -> None:
     """docs/compare.md's example."""
     told = json.loads((out / "small_llama.json").read_text(encoding="utf-8"))
-    lines = [f"```bash\n{COMPARE}\n```", f"on {told['machine']}, {told['notes'][0]}:", beside(told)]
+    text = f"on {machine(told)}, 8 rows of 2,048 tokens of documents that the model was not trained on:"
+    lines = [f"```bash\n{COMPARE}\n```", textwrap.fill(text, WIDTH), beside(told)]
     print(fill(ROOT / "docs" / "compare.md", "compare", "\n\n".join(lines)))
+
+
+def machine(told: dict[str, Any]) -> str:
+    """Of a comparison's JSON, with the processor's name, and the day."""
+    return f"{describe()['cpu']}, {told['machine'].partition(', ')[2]}, {datetime.date.today().isoformat()}"
 
 
 def beside(told: dict[str, Any]) -> str:
@@ -80,8 +87,12 @@ def beside(told: dict[str, Any]) -> str:
     if dense.get("drift") == 0:  # infinite is null in JSON
         dense |= {column.name: math.inf for column in COLUMNS if column.title == "PSNR" and column.name in dense}
     rows = {"dense": dense, **{f"`{row['method']}`": row["figures"] for row in told["methods"]}}
-    header, *lines = overview(rows)
-    return table(header, lines)
+    lines = []
+    for column in columns_of(list(rows.values())):
+        of, _, what = column.name.rpartition("_")
+        title = f"{of}: {column.title}" if what in ("speedup", "bound", "share") else column.title
+        lines.append([title, *(cell(column, figures) for figures in rows.values())])
+    return table(["", *rows], lines)
 
 
 def evidence(out: Path) -> None:

@@ -102,7 +102,7 @@ def _recipe(result: TuneResult, path: Path) -> Path:
 
 def _csv(result: TuneResult, path: Path) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("set", *COLUMNS))
         # without cases to test on, what was tested is the validation itself
         tested = [one for one in result.tested if one not in result.validation]

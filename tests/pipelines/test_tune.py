@@ -268,6 +268,7 @@ def test_recipes_of_several_patches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is 2 patches; change it in the file"):
         attn_plugins.patch(model, path, window=3)
     recipe.write_rows([rows[0], rows[0]], path)
+    assert "&id" not in path.read_text() and "*id" not in path.read_text()
     with pytest.raises(ValueError, match="stands in two of its patches"):
         attn_plugins.patch(model, path)
     recipe.write_rows([{**rows[0], "sites": []}, rows[1]], path)

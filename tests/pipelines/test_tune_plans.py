@@ -207,6 +207,13 @@ def test_budgets() -> None:
             Budget(**wrong)
 
 
+def test_losses_choose_and_all_times_count() -> None:
+    one = Outcome(Single("a", "fast", "a"), (1.0,), (0.5,), (1.0,))  # twice as fast, by one run
+    other = dataclasses.replace(one, losses=(3.0, 3.0), seconds=(0.9, 0.8), dense=(1.0, 1.0))
+    both = outcomes.timed_with(one, other)
+    assert both.loss == 1 and both.speedup == 1 / 0.8 and outcomes.timed_with(one, one) is one
+
+
 def test_intervals_are_students() -> None:
     one = Outcome(Single("a", "fast", "a"), (1.0, 2.0, 3.0), (1.0,), (1.0,))
     assert one.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)

@@ -50,7 +50,7 @@ def test_a_table_of_a_comparison() -> None:
         ],
     }
     lines = tool("figures").beside(told).splitlines()
-    assert lines[0] == "|  | dense | `gna` |" and "| faster | - | 2.00x |" in lines
+    assert lines[0] == "|  | dense | `gna` |" and "| step: faster | - | 2.00x |" in lines
     assert "| PSNR | equal | 19.3 dB |" in lines and "| drift | 0 | 2.5e-01 |" in lines
 
 
