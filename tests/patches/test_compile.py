@@ -63,8 +63,9 @@ def fresh_dynamo() -> None:
 MODELS_OF_DEPTH = [("wan", False), ("wan", True), ("sd15", False), ("hunyuan_video", False)]
 # in depth for one of each way of planning; the other methods differ in what they plan
 PLANNERS = [name for name in METHODS if name != "windowed" and fits(name, "wan")]
-DEPTH = [(*row, name) for name in ("scaled", "gna", "vmoba") for row in MODELS_OF_DEPTH]
-DEPTH += [("wan", False, name) for name in PLANNERS if name not in ("gna", "vmoba")]
+DEEP = ("scaled", "gna", "vmoba") if EVERY else ("scaled", "gna")
+DEPTH = [(*row, name) for name in DEEP for row in MODELS_OF_DEPTH]
+DEPTH += [("wan", False, name) for name in PLANNERS if name not in DEEP]
 
 
 @pytest.mark.parametrize(("family", "in_place", "name"), DEPTH)
