@@ -205,11 +205,14 @@ def _quality(where: str, name: str, data: dict[str, Any], quality: str) -> Prese
 
 def _measured(where: str, data: dict[str, Any], quality: str) -> tuple[Mapping[str, Any], ...]:
     """The measured rows of a quality, all of them whole."""
+    wrong = sorted(set(data.get("measured", {})) - set(QUALITIES))
+    if wrong:
+        raise ValueError(f"{where}: measured: {', '.join(map(repr, wrong))}: legal are {', '.join(QUALITIES)}")
     rows = data.get("measured", {}).get(quality, [])
     kinds = {name: (float, int) if kind is float else kind for name, kind in MEASURED.items()}
     for row in rows:
         whole = isinstance(row, dict) and row.keys() == MEASURED.keys()
-        if not whole or not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+        if not whole or not all(isinstance(row[name], kind) and row[name] == row[name] for name, kind in kinds.items()):
             raise ValueError(f"{where}: measured: {row!r}: a row has {', '.join(MEASURED)}, and nothing else")
     return tuple(rows)
 

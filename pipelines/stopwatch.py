@@ -17,6 +17,8 @@ def now(device: torch.device) -> float:
     """Seconds, after all work on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type in ("mps", "xpu"):
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import attn_plugins
 from attn_plugins.pipelines.demo_model import asset_folder, contact_sheet, load_pipeline, prompt, save_gif, to_frames
 from attn_plugins.training import moving_digits as data
 
@@ -72,6 +73,15 @@ def test_impossible_sizes_are_named(sizes):
 @pytest.fixture(scope="module")
 def pipe():
     return load_pipeline()
+
+
+def test_its_preset_says_where_it_was_not_measured(pipe):
+    with attn_plugins.patched(pipe, "gna", quality="fast") as handle:
+        assert handle.patches[0].state.measured == (1024, 4096)
+        with pytest.warns(UserWarning, match="measured at grids of 1,?024 to 4,?096 tokens; this one has 512"):
+            pipe(**prompt("37", frames=2, steps=2), generator=torch.Generator().manual_seed(0))
+    with attn_plugins.patched(pipe, "gna", window=(2, 8, 8)) as handle:
+        assert handle.patches[0].state.measured is None
 
 
 def test_the_asset_is_small_and_stock(pipe):

@@ -220,3 +220,45 @@ def test_parse_errors_name_file_and_key(old, new, message):
 def test_a_file_that_is_no_mapping():
     with pytest.raises(ValueError, match="configs/gna/a.yaml: holds list"):
         presets.parse("- 1", "gna", "a.yaml")
+
+
+ROW = (
+    "{model: a, tokens: 64, density: 0.5, speedup: 1.5, loss: 0.1, half: 0.01, cases: 9, machine: b, torch: '2', "
+    "commit: c, date: d}"
+)
+
+
+def test_what_was_measured_bounds_a_preset_of_one_model():
+    text = f"{GOOD}match: {{num_layers: 3}}\nmeasured:\n  fast:\n  - {ROW}\n  - {ROW.replace('64', '256')}\n"
+    row = presets.parse(text, "gna", "a.yaml")
+    assert row.at("fast").measured_tokens == (64, 256) and row.at("fast").measured[0]["half"] == 0.01
+    assert row.at("safe").measured == () and row.at("safe").measured_tokens is None
+    of_many = presets.parse(text.replace("match: {num_layers: 3}\n", ""), "gna", "a.yaml")
+    assert of_many.at("fast").measured == row.at("fast").measured and of_many.at("fast").measured_tokens is None
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("fast:\n  -", "quick:\n  -", "measured: 'quick': legal are safe, balanced, fast"),
+        ("loss: 0.1", "loss: .nan", "a row has model, tokens, density"),
+        ("loss: 0.1, ", "", "a row has model, tokens, density"),
+        ("tokens: 64", "tokens: many", "a row has model, tokens, density"),
+        ("cases: 9", "cases: 9, ours: 1", "and nothing else"),
+    ],
+)
+def test_measured_rows_are_whole(old, new, message):
+    text = f"{GOOD}measured:\n  fast:\n  - {ROW}\n"
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        presets.parse(text.replace(old, new), "gna", "a.yaml")
+
+
+def test_the_embedded_models_presets_say_what_was_measured():
+    """Each quality of what fits the two models that come with the package, at all sizes that were tuned."""
+    digits = presets.resolve("gna", "wan", DIGITS)
+    assert digits.name == "moving_digits" and digits.measured_tokens == (1024, 4096)
+    names = [("gna", "moving_digits"), ("kv_pool", "transformers"), ("moa", "language"), ("draft", "video")]
+    for method, name in names:
+        row = next(one for one in presets.available(method) if one.name == name)
+        assert all(row.at(quality).measured for quality in presets.QUALITIES)
