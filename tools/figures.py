@@ -1,7 +1,7 @@
 """Make the figures and pictures of README and docs anew: `python tools/figures.py NAME ...`; without names, a list.
 
 A name runs the commands that a user would run, copies the pictures that they leave into docs/pictures, and puts their
-tables between the markers of the page. Times are of two cores that do nothing else.
+tables between the markers of the page. A machine that does other work gives wrong times.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from attn_plugins.pipelines.markdown import fill, table  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = "benchmarks/results"
+MINUTES, HOURS = "minutes", "an hour or more"
 WIDTH = 120  # of a page's lines
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`page`: where it stands. `minutes`: about. `commands`: run in the root of the repository, `{out}` their folder.
-    `pictures`: {file that they leave: name in docs/pictures}. `finish`: what fills the page, given the folder."""
+    """`page`: where it stands. `takes`: on two cores, roughly. `commands`: run in the root of the repository, `{out}`
+    their folder. `pictures`: {file that they leave: name in docs/pictures}. `finish`: fills the page, given the folder."""
 
     page: str
-    minutes: float
+    takes: str
     commands: tuple[str, ...]
     pictures: dict[str, str] = field(default_factory=dict)
     finish: Callable[[Path], object] | None = None
@@ -100,6 +101,12 @@ def evidence(out: Path) -> None:
     subprocess.run([sys.executable, "tools/preset_evidence.py"], cwd=ROOT, check=True)
 
 
+def example(script: str, left: str, picture: str) -> Figure:
+    """A training of docs/continue_tuning.md. left: the picture that it leaves."""
+    command = f"python examples/{script} --out {{out}}"
+    return Figure("docs/continue_tuning.md", HOURS, (command,), {f"{{out}}/{left}": picture})
+
+
 COMPARE = (
     "attn-plugins compare small_llama moa:span=0.5 moa:pattern=streaming,window=508 moba:block=128,k_blocks=4 "
     "--rows 8 --threads 1"
@@ -107,24 +114,23 @@ COMPARE = (
 BENCH = f"attn-plugins bench --threads 2 --resume --rounds 3 --seconds 0.3 --out {RESULTS}/bench_cpu.csv"
 SLOW = "--backends sdpa_flash,sdpa_documents,flex,ours_plan,ours_operator"
 TUNE, TUNED = "attn-plugins tune moving_digits --steps 10 --all-presets", f"{RESULTS}/tuned"
-EXAMPLE = "python examples/{0} --out {{out}}"
 PARTS = ("heads", "groups", "distance", "steps")
 
 FIGURES = {
-    "demo": Figure("README.md", 1.5, ("attn-plugins demo --out {out}",), {"{out}/demo_gna.png": "demo.png"}, demo),
-    "gallery": Figure("docs/gallery.md", 1, ("python tools/gallery.py",)),
-    "regions": Figure("docs/regions.md", 0.2, ("python tools/regions_picture.py",)),
-    "compare": Figure("docs/compare.md", 5, (f"{COMPARE} --out {{out}}",), finish=compare),
+    "demo": Figure("README.md", MINUTES, ("attn-plugins demo --out {out}",), {"{out}/demo_gna.png": "demo.png"}, demo),
+    "gallery": Figure("docs/gallery.md", MINUTES, ("python tools/gallery.py",)),
+    "regions": Figure("docs/regions.md", MINUTES, ("python tools/regions_picture.py",)),
+    "compare": Figure("docs/compare.md", MINUTES, (f"{COMPARE} --out {{out}}",), finish=compare),
     "profile_digits": Figure(
-        "docs/profile.md", 3, ("attn-plugins profile moving_digits --steps 4 --keep 0.8 --check --out {out}",),
+        "docs/profile.md", MINUTES, ("attn-plugins profile moving_digits --steps 4 --keep 0.8 --check --out {out}",),
         {f"{{out}}/{part}.png": f"profile_digits_{part}.png" for part in PARTS},
     ),
     "profile_llama": Figure(
-        "docs/profile.md", 3, ("attn-plugins profile small_llama --check --out {out}",),
+        "docs/profile.md", MINUTES, ("attn-plugins profile small_llama --check --out {out}",),
         {f"{{out}}/{part}.png": f"profile_llama_{part}.png" for part in PARTS[:3]},
     ),
     "tuned": Figure(
-        "docs/tuning.md, presets", 60,
+        "docs/tuning.md, presets", HOURS,
         (
             f"{TUNE} --faster 1.3 --head-groups 2 --out {TUNED}/moving_digits",
             f"{TUNE} --faster 1.1 -a frames=4 --out {TUNED}/moving_digits_short",
@@ -134,14 +140,14 @@ FIGURES = {
         finish=evidence,
     ),
     "bench": Figure(
-        "docs/bench.md", 90,
+        "docs/bench.md", HOURS,
         (
             f"{BENCH} --lengths 2k,4k --dtype fp32,bf16", f"{BENCH} --lengths 8k {SLOW}",
             f"{BENCH} --lengths 2k --backward", f"{BENCH} --plot --page docs/bench.md",
         ),
     ),
     "moa_search": Figure(
-        "docs/moa_search.md", 60,
+        "docs/moa_search.md", HOURS,
         (
             *(f"attn-plugins moa-search --density 0.25 --seed {one} --threads 1 --out {{out}}/{one}" for one in "012"),
             "attn-plugins moa-evaluate --search {out}/0 --search {out}/1 --search {out}/2 --windows 6 --trials 5 "
@@ -149,29 +155,14 @@ FIGURES = {
         ),
         {"{out}/evaluation.png": "moa_search.png"},
     ),
-    "continue_tuning": Figure(
-        "docs/continue_tuning.md", 60, (EXAMPLE.format("continue_tune_vmoba.py --steps 200"),),
-        {"{out}/tuned.png": "continue_tuning.png"},
+    "continue_tuning": example("continue_tune_vmoba.py --steps 200", "tuned.png", "continue_tuning.png"),
+    "continue_tune_agent_vit": example("continue_tune_agent_vit.py", "tuned.png", "continue_tune_agent_vit.png"),
+    "continue_tune_moh": example("continue_tune_moh.py", "tuned.png", "continue_tune_moh.png"),
+    "continue_pretrain_bam": example("continue_pretrain_bam.py", "pretrained.png", "continue_pretrain_bam.png"),
+    "continue_pretrain_bam_vit": example(
+        "continue_pretrain_bam.py --vision", "pretrained.png", "continue_pretrain_bam_vit.png"
     ),
-    "continue_tune_agent_vit": Figure(
-        "docs/continue_tuning.md", 30, (EXAMPLE.format("continue_tune_agent_vit.py"),),
-        {"{out}/tuned.png": "continue_tune_agent_vit.png"},
-    ),
-    "continue_tune_moh": Figure(
-        "docs/continue_tuning.md", 60, (EXAMPLE.format("continue_tune_moh.py"),),
-        {"{out}/tuned.png": "continue_tune_moh.png"},
-    ),
-    "continue_pretrain_bam": Figure(
-        "docs/continue_tuning.md", 120, (EXAMPLE.format("continue_pretrain_bam.py"),),
-        {"{out}/pretrained.png": "continue_pretrain_bam.png"},
-    ),
-    "continue_pretrain_bam_vit": Figure(
-        "docs/continue_tuning.md", 30, (EXAMPLE.format("continue_pretrain_bam.py --vision"),),
-        {"{out}/pretrained.png": "continue_pretrain_bam_vit.png"},
-    ),
-    "train_mip": Figure(
-        "docs/continue_tuning.md", 60, (EXAMPLE.format("train_mip.py"),), {"{out}/tuned_sheet.png": "train_mip.png"}
-    ),
+    "train_mip": example("train_mip.py", "tuned_sheet.png", "train_mip.png"),
 }  # fmt: skip
 
 
@@ -186,7 +177,7 @@ def main() -> None:
         FIGURES[name].make(name)
     if not names:
         for name, figure in FIGURES.items():
-            print(f"{name:26} {figure.minutes:>5g} min  {figure.page}")
+            print(f"{name:26} {figure.takes:16} {figure.page}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -31,17 +31,13 @@ def scales(subject: Subject, profile: Profile, weights: np.ndarray, outcomes: It
     places = np.nan_to_num(curves(profile) * weights[:, None, None]).sum(axis=1)
     own: dict[Candidate, list[float]] = {}
     methods: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        what = outcome.what
-        candidate = _candidate(subject, profile, what) if isinstance(what, Single) else None
-        if candidate is None or not isinstance(what, Single):
-            continue
-        sparse = inside(what.steps, subject.steps) if subject.has_steps else np.ones(GRID, bool)
-        expected = float((places[:, profile.candidates.index(candidate)] * sparse).mean())
+    for outcome, column, sparse in _foreseeable(subject, profile, outcomes):
+        candidate = profile.candidates[column]
+        expected = float((places[:, column] * sparse).mean())
         lost = statistics.fmean(subject.size(loss) for loss in outcome.losses)
         if expected > 0 and 1 / MOST <= lost / expected <= MOST:
             own.setdefault(candidate, []).append(lost / expected)
-            methods.setdefault(what.method, []).append(lost / expected)
+            methods.setdefault(candidate.method, []).append(lost / expected)
     found = np.ones(len(profile.candidates))
     for column, candidate in enumerate(profile.candidates):
         known = own.get(candidate.of or candidate) or methods.get(candidate.method)
@@ -57,14 +53,9 @@ def savings(subject: Subject, profile: Profile, outcomes: Iterable[Outcome], sha
     """
     dense = float(profile.dense.sum())
     found = []
-    for outcome in outcomes:
-        what = outcome.what
-        candidate = _candidate(subject, profile, what) if isinstance(what, Single) else None
-        if candidate is None or not isinstance(what, Single):
-            continue
-        sparse = inside(what.steps, subject.steps).mean() if subject.has_steps else 1.0
-        times = profile.seconds[:, profile.candidates.index(candidate)]
-        foreseen = share * sparse * float(np.where(np.isnan(times), 0, profile.dense - times).sum()) / dense
+    for outcome, column, sparse in _foreseeable(subject, profile, outcomes):
+        times = profile.seconds[:, column]
+        foreseen = share * sparse.mean() * float(np.where(np.isnan(times), 0, profile.dense - times).sum()) / dense
         if foreseen > LEAST_SAVED:
             found.append((1 - 1 / outcome.speedup) / foreseen)
     return min(max(statistics.median(found), 1 / MOST), MOST) if found else 1.0
@@ -73,6 +64,18 @@ def savings(subject: Subject, profile: Profile, outcomes: Iterable[Outcome], sha
 def scaled(profile: Profile, factors: np.ndarray) -> Profile:
     """The profile with its errors multiplied by factors (candidates,)."""
     return dataclasses.replace(profile, error=profile.error * factors)
+
+
+def _foreseeable(
+    subject: Subject, profile: Profile, outcomes: Iterable[Outcome]
+) -> Iterator[tuple[Outcome, int, np.ndarray]]:
+    """(outcome of a preset, the column of its settings, the points (GRID,) where they are not dense)."""
+    for outcome in outcomes:
+        what = outcome.what
+        candidate = _candidate(subject, profile, what) if isinstance(what, Single) else None
+        if candidate is not None and isinstance(what, Single):
+            sparse = inside(what.steps, subject.steps) if subject.has_steps else np.ones(GRID, bool)
+            yield outcome, profile.candidates.index(candidate), sparse
 
 
 def _candidate(subject: Subject, profile: Profile, single: Single) -> Candidate | None:

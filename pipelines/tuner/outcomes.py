@@ -27,7 +27,8 @@ BETWEEN = 6  # runs of settings from one dense run to the next
 class Outcome:
     """A setting over some cases. `losses`, `seconds`: of each; `dense`: seconds of the dense run before it.
 
-    `foreseen`: (speedup, loss) of a plan, None of a preset. `density`: of the patched sites, dense steps counted as 1.
+    `foreseen`: (speedup, loss) of a plan, None of a preset. `density`: of all places, those without
+    a patch and dense steps counted as 1.
     """
 
     what: Plan | Single
