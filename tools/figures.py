@@ -35,7 +35,7 @@ WIDTH = 120  # of a page's lines
 @dataclass(frozen=True)
 class Figure:
     """`page`: where it stands. `takes`: on two cores, roughly. `commands`: run in the root of the repository, `{out}`
-    their folder. `pictures`: {file that they leave: name in docs/pictures}. `finish`: fills the page, given the folder."""
+    their folder. `pictures`: {file that they leave: name in docs/pictures}. `finish`: fills the page."""
 
     page: str
     takes: str
